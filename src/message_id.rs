@@ -85,6 +85,8 @@ message_ids! {
     RELAY_ENDED = "c89e02dd49424740a7dd619c04af1d5e";
     /// The disk has moved, and its clients could not be passed on: they are disconnected.
     RELAY_FAILED = "c811c0a678a8464fb47b118cbc9f9100";
+    /// A TLS certificate expires within a day, or has expired.
+    CERTIFICATE_EXPIRY = "6a132946281a4c28b11338cc3cbef1b7";
     /// A part of the process makes no progress; the service manager will kill it.
     WATCHDOG = "61f1b18dda014ce5b766e4075bb63956";
 }

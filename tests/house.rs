@@ -90,7 +90,15 @@ const PURE: &[&str] = &[
     "cli/config.rs",
     "cli/settings.rs",
     "cli/size.rs",
+    "cli/tls.rs",
     "cli/uri.rs",
+    "net/tls/certificate.rs",
+    "net/tls/explain.rs",
+    "net/tls/file.rs",
+    "net/tls/mode.rs",
+    "net/tls/name.rs",
+    "net/tls/record_reader.rs",
+    "net/tls/session.rs",
 ];
 
 /// Paths that a pure file must not name outside its tests.

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! White space around keys and values is ignored. A value may be quoted with `'` or `"`, without
-//! escapes. `TO` may be repeated, and may hold several URIs. A switch is `yes`, `true`, `on` or `1`; or `no`, `false`, `off` or `0`.
+//! escapes. `TO` and `TLS_ALLOW` may be repeated, and may hold several values. A switch is `yes`, `true`, `on` or `1`; or `no`, `false`, `off` or `0`.
 
 use super::settings::{
     Autostart, Settings, parse_acl_entry, parse_connections, parse_holes, parse_idle_exit,
@@ -21,13 +21,14 @@ use super::settings::{
 use super::size::{parse_cache, parse_create, parse_payload_memory, parse_unflushed};
 use super::uri::{self, Target, parse_export};
 use crate::net::parse_port;
+use crate::net::tls::AllowedName;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use strsim::levenshtein;
 
 /// All keys, named like the long options: in capitals, with `_` for `-`; `SANDBOX` is the opposite of
 /// `--no-sandbox`. The last two have no option, because they configure the service's units, not the process.
-pub const KEYS: [&str; 29] = [
+pub const KEYS: [&str; 39] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -46,6 +47,11 @@ pub const KEYS: [&str; 29] = [
     "HOLES",
     "DIRECT",
     "RELAY",
+    "TLS",
+    "TLS_CERT",
+    "TLS_KEY",
+    "TLS_CA",
+    "TLS_ALLOW",
     "SANDBOX",
     "USER",
     "ACL",
@@ -55,6 +61,11 @@ pub const KEYS: [&str; 29] = [
     "UNFLUSHED",
     "CONNECTIONS",
     "TIMEOUT",
+    "TO_TLS",
+    "TO_TLS_CA",
+    "TO_TLS_CERT",
+    "TO_TLS_KEY",
+    "TO_TLS_HOSTNAME",
     "AUTOSTART",
     "IP_FILTER",
 ];
@@ -139,7 +150,7 @@ fn parse_line<'a>(
             None => ConfigReason::UnknownKey(key.to_owned()),
         });
     }
-    let is_list = key == "TO";
+    let is_list = matches!(key, "TO" | "TLS_ALLOW");
     if let Some((_, earlier)) = seen.iter().find(|(other, _)| *other == key && !is_list) {
         return Err(ConfigReason::Duplicate(key.to_owned(), *earlier));
     }
@@ -196,6 +207,11 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "HOLES" => settings.holes = Some(parse_holes(value)?),
         "DIRECT" => settings.direct = parse_switch(value)?,
         "RELAY" => settings.relay = Some(parse_relay(value)?),
+        "TLS" => settings.tls.tls = Some(value.parse()?),
+        "TLS_CERT" => settings.tls.tls_cert = Some(value.parse()?),
+        "TLS_KEY" => settings.tls.tls_key = Some(value.parse()?),
+        "TLS_CA" => settings.tls.tls_ca = Some(value.parse()?),
+        "TLS_ALLOW" => settings.tls.tls_allow.extend(parse_allowed(value)?),
         "SANDBOX" => settings.sandbox.no_sandbox = !parse_switch(value)?,
         "USER" => settings.sandbox.user = Some(value.parse().map_err(to_text)?),
         "ACL" => settings.acl = parse_acl(value)?,
@@ -205,6 +221,11 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "UNFLUSHED" => settings.upstream.unflushed = Some(parse_unflushed(value).map_err(to_text)?),
         "CONNECTIONS" => settings.upstream.connections = Some(parse_connections(value)?),
         "TIMEOUT" => settings.upstream.timeout = Some(parse_timeout(value)?),
+        "TO_TLS" => settings.upstream.tls.mode = Some(value.parse()?),
+        "TO_TLS_CA" => settings.upstream.tls.files.ca = Some(value.parse()?),
+        "TO_TLS_CERT" => settings.upstream.tls.files.cert = Some(value.parse()?),
+        "TO_TLS_KEY" => settings.upstream.tls.files.key = Some(value.parse()?),
+        "TO_TLS_HOSTNAME" => settings.upstream.tls.hostname = Some(parse_hostname(value)?),
         "AUTOSTART" => settings.autostart = Some(parse_autostart(value)?),
         "IP_FILTER" => settings.ip_filter = parse_switch(value)?,
         // A test compares this list with KEYS.
@@ -240,10 +261,25 @@ fn parse_autostart(value: &str) -> Result<Autostart, String> {
     }
 }
 
-/// Parses entries that are separated by spaces, commas or both.
-fn parse_acl(value: &str) -> Result<Vec<String>, String> {
+/// Splits entries that are separated by spaces, commas or both.
+fn entries(value: &str) -> impl Iterator<Item = &str> {
     let separator = |c: char| c == ',' || c.is_whitespace();
-    value.split(separator).filter(|entry| !entry.is_empty()).map(parse_acl_entry).collect()
+    value.split(separator).filter(|entry| !entry.is_empty())
+}
+
+fn parse_acl(value: &str) -> Result<Vec<String>, String> {
+    entries(value).map(parse_acl_entry).collect()
+}
+
+/// Parses the names of client certificates. At least one: an empty list would admit all.
+fn parse_allowed(value: &str) -> Result<Vec<AllowedName>, String> {
+    let names: Vec<_> =
+        entries(value).map(str::parse).collect::<Result<_, _>>().map_err(to_text)?;
+    if names.is_empty() { Err("there is no name".to_owned()) } else { Ok(names) }
+}
+
+fn parse_hostname(value: &str) -> Result<String, String> {
+    if value.is_empty() { Err("the name is empty".to_owned()) } else { Ok(value.to_owned()) }
 }
 
 /// Parses the URIs of the upstream, separated by white space. At least one.
@@ -267,8 +303,10 @@ mod tests {
     use crate::cli::proxy::ProxyFlags;
     use crate::cli::sandbox::SandboxFlags;
     use crate::cli::settings::UpstreamSettings;
+    use crate::cli::tls::{ClientTlsSettings, ServerTlsSettings};
     use crate::daemon::RelayDefault;
     use crate::disk::HolePolicy;
+    use crate::net::tls::{TlsFiles, TlsMode};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
@@ -287,7 +325,9 @@ mod tests {
             MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\n\
             SANDBOX=no\nUSER=a:b\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
             BIND=::2\nCACHE=4K\nUNFLUSHED=1M\nCONNECTIONS=2\nTIMEOUT=9\nAUTOSTART=on-demand\n\
-            IP_FILTER=yes\n";
+            TLS=Require\nTLS_CERT=/c\nTLS_KEY=credential:k\nTLS_CA=/ca\nTLS_ALLOW=a\nTO_TLS=on\n\
+            TO_TLS_CA=/tca\nTO_TLS_CERT=/tc\nTO_TLS_KEY=/tk\nTO_TLS_HOSTNAME=h\nIP_FILTER=yes\n";
+        let file = |path: &str| path.parse().ok();
         let expected = Settings {
             addr: Some("::1".parse().unwrap()),
             port: Some(7),
@@ -307,6 +347,13 @@ mod tests {
             holes: Some(HolePolicy::Trust),
             direct: true,
             relay: Some(RelayDefault::Unlimited),
+            tls: ServerTlsSettings {
+                tls: Some(TlsMode::Require),
+                tls_cert: file("/c"),
+                tls_key: file("credential:k"),
+                tls_ca: file("/ca"),
+                tls_allow: vec!["a".parse().unwrap()],
+            },
             sandbox: SandboxFlags { no_sandbox: true, user: Some("a:b".parse().unwrap()) },
             acl: vec!["::/0".to_owned()],
             upstream: UpstreamSettings {
@@ -316,6 +363,11 @@ mod tests {
                 unflushed: Some(1 << 20),
                 connections: Some(2),
                 timeout: Some(9),
+                tls: ClientTlsSettings {
+                    mode: Some(TlsMode::On),
+                    files: TlsFiles { cert: file("/tc"), key: file("/tk"), ca: file("/tca") },
+                    hostname: Some("h".to_owned()),
+                },
             },
             autostart: Some(Autostart::OnDemand),
             ip_filter: true,
@@ -470,6 +522,11 @@ mod tests {
             ("CACHE=17M", "CACHE: `17M` is not between 0 and 16777216"),
             ("UNFLUSHED=1K", "UNFLUSHED: `1K` is not between 1048576 and"),
             ("CONNECTIONS=17", "CONNECTIONS: `17` is not a number from 1 to 16"),
+            ("TLS=yes", "TLS: `yes` is none of off, on and require"),
+            ("TLS_CERT=", "TLS_CERT: the path is empty"),
+            ("TLS_ALLOW=,", "TLS_ALLOW: there is no name"),
+            ("TLS_ALLOW=a/b", "TLS_ALLOW: `a/b` is neither a host name"),
+            ("TO_TLS_HOSTNAME=", "TO_TLS_HOSTNAME: the name is empty"),
             ("TIMEOUT=0", "TIMEOUT: `0` is not a number of seconds from 1"),
         ] {
             let error = refusal(line);

@@ -4,6 +4,7 @@
 //! Pure, except that tests select another directory by an environment variable.
 
 use super::settings::Settings;
+use crate::net::tls::TlsFile;
 use crate::net::{Address, Remote};
 use crate::systemd::unit::normalized_path;
 use std::env;
@@ -87,6 +88,7 @@ pub fn check(settings: &Settings) -> Result<(), String> {
         image(settings)?;
     }
     upstream_sockets(settings)?;
+    tls_files(settings)?;
     match &settings.sock {
         Some(path) => normalized_path(path).map(drop).map_err(|why| format!("SOCK: {why}")),
         None => Ok(()),
@@ -112,6 +114,25 @@ pub fn upstream_sockets(settings: &Settings) -> Result<Vec<String>, String> {
         Remote::Host { .. } => None,
     });
     paths.map(|path| normalized_path(path).map_err(|why| format!("TO: {why}"))).collect()
+}
+
+/// Checks that the paths of certificates and keys mean the same in every directory.
+fn tls_files(settings: &Settings) -> Result<(), String> {
+    let (tls, to) = (&settings.tls, &settings.upstream.tls.files);
+    let files = [
+        ("TLS_CERT", &tls.tls_cert),
+        ("TLS_KEY", &tls.tls_key),
+        ("TLS_CA", &tls.tls_ca),
+        ("TO_TLS_CERT", &to.cert),
+        ("TO_TLS_KEY", &to.key),
+        ("TO_TLS_CA", &to.ca),
+    ];
+    for (key, file) in files {
+        if let Some(TlsFile::Path(path)) = file {
+            normalized_path(path).map_err(|why| format!("{key}: {why}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// The value of `ListenStream=` in the socket unit; `None` if the configuration has no address.
@@ -157,6 +178,8 @@ mod tests {
             ("FILE=/a\nPORT=7", "PORT needs ADDR as well"),
             ("PORT=7\nADDR=::", "there is no FILE="),
             ("TO=nbd+unix:///?socket=a", "TO: a: a path in a unit begins with /"),
+            ("FILE=/a\nTLS_CERT=c", "TLS_CERT: c: a path in a unit begins with /"),
+            ("TO=nbds://a\nTO_TLS_CA=c", "TO_TLS_CA: c: a path in a unit begins with /"),
         ] {
             assert_eq!(check_text(text), Err(refused.to_owned()), "{text}");
         }

@@ -5,6 +5,7 @@ use super::sandbox::SandboxFlags;
 use super::settings::{Settings, parse_acl_entry, parse_holes};
 use super::size::parse_create;
 use super::start::{ProcessRole, StartRequest};
+use super::tls::ServerTlsSettings;
 use super::uri::parse_export;
 use crate::daemon::RecordPolicy;
 use crate::disk::HolePolicy;
@@ -82,6 +83,10 @@ pub struct ListenFlags {
     )]
     config: Option<PathBuf>,
 
+    /// TLS with the source.
+    #[command(flatten)]
+    tls: ServerTlsSettings,
+
     /// Addresses to admit a source from, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     acl: Vec<String>,
@@ -103,6 +108,7 @@ impl ListenFlags {
             plain: self.plain,
             holes: self.holes,
             direct: self.direct,
+            tls: self.tls,
             sandbox: self.sandbox,
             acl: self.acl,
             ..Settings::default()

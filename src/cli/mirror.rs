@@ -4,9 +4,11 @@
 use super::operate::{CommandKind, OperatorCommand, ServerArgument};
 use super::settings::{parse_ip, parse_relay_for};
 use super::size::parse_size;
+use super::tls::{ClientTlsFlags, ClientTlsSettings};
 use super::uri::{self, Target};
-use crate::control::command::{ArrivalAction, Mirror, RelayOptions, RelayRequest};
+use crate::control::command::{ArrivalAction, Mirror, MirrorTls, RelayOptions, RelayRequest};
 use crate::net::{AddressError, parse_port};
+use std::env;
 use std::net::{IpAddr, SocketAddr};
 
 /// The flags of `mirror`.
@@ -55,13 +57,16 @@ pub struct MirrorFlags {
         value_name = "URI",
         value_parser = uri::parse,
         help = "The same to this server and export, nbd://HOST[:PORT][/EXPORT] or \
-                nbd+unix:///[EXPORT]?socket=PATH, if the disk is not served at ADDR and PORT"
+                nbd+unix:///[EXPORT]?socket=PATH (with TLS nbds: or nbds+unix:), if the disk is not served at ADDR and PORT"
     )]
     relay_to: Option<Target>,
 
     /// Disconnect the clients, even if the server is configured to relay
     #[arg(long, conflicts_with_all = ["relay", "relay_for", "relay_to"])]
     no_relay: bool,
+
+    #[command(flatten)]
+    tls: ClientTlsFlags,
 
     /// Show progress until the migration ends; the exit status tells how
     #[arg(long)]
@@ -96,6 +101,7 @@ impl MirrorFlags {
             bind,
             max_bps: self.max_speed.filter(|limit| *limit > 0),
             no_record: self.no_record,
+            tls: Box::new(mirror_tls(self.tls.into())?),
             relay: relay_request(self.relay, self.no_relay, self.relay_for, self.relay_to),
         };
         Ok(OperatorCommand {
@@ -131,9 +137,17 @@ fn relay_request(
     if !relay && seconds_max.is_none() && to.is_none() {
         return RelayRequest::AsConfigured;
     }
-    let (to, export) =
-        to.map_or((None, String::new()), |target| (Some(target.remote), target.export));
-    RelayRequest::Yes(RelayOptions { seconds_max, to, export })
+    let to = to.map(|Target { remote, export, tls }| (Some(remote), export, tls));
+    let (to, export, tls) = to.unwrap_or_default();
+    RelayRequest::Yes(RelayOptions { seconds_max, to, export, tls })
+}
+
+/// The TLS of the migration. The server reads the files, from another directory.
+fn mirror_tls(settings: ClientTlsSettings) -> Result<MirrorTls, String> {
+    let tls = settings.for_mirror()?;
+    // Without a current directory, relative paths mean nothing to the server, which refuses them.
+    let here = env::current_dir().unwrap_or_default();
+    Ok(MirrorTls { files: tls.files.relative_to(&here), ..tls })
 }
 
 /// The address of a destination, which is always an IP address: the control protocol has no other.

@@ -21,6 +21,7 @@ pub mod start;
 pub mod status;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 pub mod transfer;
 pub mod uri;
 pub mod usage;

@@ -5,11 +5,12 @@ use super::settings::Settings;
 use super::start::{self, ProcessRole, StartRequest};
 use super::{config, output};
 use crate::control::status::{self, DISK_ID, FLUSH_FAILED, OWNERSHIP, UPSTREAM};
-use crate::daemon::DiskConfig;
+use crate::daemon::{Config, DiskConfig};
 use crate::disk::ownership::{Provenance, Record};
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
 use crate::disk::{OpenError, image_size};
 use crate::ids::DiskId;
+use crate::net::tls::{ServerTls, TlsClient, TlsError};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -92,7 +93,9 @@ impl DiskArgument {
             settings: Settings::default(),
             config_file: Some(path.clone()),
         };
-        match request.load().map_err(|error| error.to_string())?.disk {
+        let config = request.load().map_err(|error| error.to_string())?;
+        check_tls(&config)?;
+        match config.disk {
             DiskConfig::Image(image) => Ok(SelectedDisk::Image(image.path)),
             DiskConfig::Upstream(upstream) => {
                 let addresses = upstream.targets.iter().map(ToString::to_string);
@@ -100,6 +103,19 @@ impl DiskArgument {
             }
         }
     }
+}
+
+/// Checks that the certificates can be used, as far as this user may read them.
+fn check_tls(config: &Config) -> Result<(), String> {
+    let failure = |error: TlsError| match error {
+        TlsError::Forbidden { .. } => None,
+        error => Some(error.to_string()),
+    };
+    let server = config.admission.tls.as_ref().filter(|tls| !tls.files.has_credential());
+    let server = server.and_then(|tls| ServerTls::load(tls.mode, &tls.files, &tls.allow).err());
+    let upstream = config.upstream_tls().filter(|files| !files.has_credential());
+    let upstream = upstream.and_then(|files| TlsClient::load(files).err());
+    [server, upstream].into_iter().flatten().find_map(failure).map_or(Ok(()), Err)
 }
 
 /// The record of the image, and the id of the disk in it.

@@ -11,6 +11,7 @@ use super::settings::{
 };
 use super::size::{parse_cache, parse_payload_memory, parse_unflushed};
 use super::start::{ProcessRole, StartRequest};
+use super::tls::{ServerTlsSettings, UpstreamTlsFlags};
 use super::uri::{self, Target, parse_export};
 use crate::net::{Host, Remote, parse_port};
 use std::ffi::{OsStr, OsString};
@@ -85,6 +86,10 @@ pub struct ProxyFlags {
     #[arg(long, value_name = "SECONDS", value_parser = parse_timeout)]
     timeout: Option<u64>,
 
+    /// TLS with the server.
+    #[command(flatten)]
+    to_tls: UpstreamTlsFlags,
+
     /// Open a control socket at this path
     #[arg(short, long, value_name = "SOCK")]
     sock: Option<PathBuf>,
@@ -126,6 +131,9 @@ pub struct ProxyFlags {
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
     idle_exit: Option<u64>,
 
+    /// TLS with clients.
+    #[command(flatten)]
+    tls: ServerTlsSettings,
     #[command(flatten)]
     sandbox: SandboxFlags,
 
@@ -163,7 +171,7 @@ impl ProxyFlags {
                 let remote = Remote::parse(&host, port);
                 let remote =
                     remote.map_err(|error| format!("--conn-addr and --conn-port: {error}"))?;
-                to.insert(0, Target { remote, export: String::new() });
+                to.insert(0, Target::plain(remote));
             }
         }
         let settings = Settings {
@@ -179,6 +187,7 @@ impl ProxyFlags {
             max_clients_per_address: self.max_clients_per_address,
             payload_memory: self.payload_memory,
             idle_exit: self.idle_exit,
+            tls: self.tls,
             sandbox: self.sandbox,
             acl: self.acl,
             upstream: UpstreamSettings {
@@ -188,6 +197,7 @@ impl ProxyFlags {
                 unflushed: self.unflushed,
                 connections: self.connections,
                 timeout: self.timeout,
+                tls: self.to_tls.into(),
             },
             ..Settings::default()
         };
@@ -274,6 +284,7 @@ mod tests {
                 unflushed: Some(8 << 20),
                 connections: Some(2),
                 timeout: Some(9),
+                ..UpstreamSettings::default()
             },
             ..Settings::default()
         };

@@ -3,6 +3,7 @@
 
 use super::sandbox::SandboxFlags;
 use super::size::{parse_create, parse_payload_memory};
+use super::tls::{ClientTlsSettings, ServerTlsSettings};
 use super::uri::{Target, parse_export};
 use crate::control::command::RELAY_SECONDS_MAX;
 use crate::daemon::RelayDefault;
@@ -108,6 +109,10 @@ pub struct Settings {
     #[arg(long, value_name = "POLICY", value_parser = parse_relay)]
     pub relay: Option<RelayDefault>,
 
+    /// TLS with clients.
+    #[command(flatten)]
+    pub tls: ServerTlsSettings,
+
     /// How the process is confined.
     #[command(flatten)]
     pub sandbox: SandboxFlags,
@@ -144,6 +149,8 @@ pub struct UpstreamSettings {
     pub connections: Option<usize>,
     /// Seconds until a silent server counts as lost.
     pub timeout: Option<u64>,
+    /// TLS with the server.
+    pub tls: ClientTlsSettings,
 }
 
 impl UpstreamSettings {
@@ -158,6 +165,7 @@ impl UpstreamSettings {
             unflushed: self.unflushed.or(fallback.unflushed),
             connections: self.connections.or(fallback.connections),
             timeout: self.timeout.or(fallback.timeout),
+            tls: self.tls.or(fallback.tls),
         }
     }
 
@@ -172,7 +180,8 @@ impl UpstreamSettings {
             ("CONNECTIONS", self.connections.is_some()),
             ("TIMEOUT", self.timeout.is_some()),
         ];
-        keys.into_iter().find_map(|(key, is_set)| is_set.then_some(key))
+        let first = keys.into_iter().find_map(|(key, is_set)| is_set.then_some(key));
+        first.or_else(|| self.tls.first_key())
     }
 }
 
@@ -231,6 +240,7 @@ impl Settings {
             holes: self.holes.or(fallback.holes),
             direct: self.direct || fallback.direct,
             relay: self.relay.or(fallback.relay),
+            tls: self.tls.or(fallback.tls),
             sandbox: self.sandbox.or(fallback.sandbox),
             acl: if self.acl.is_empty() { fallback.acl } else { self.acl },
             upstream: self.upstream.or(fallback.upstream),
@@ -409,6 +419,7 @@ impl ListenAddressError {
 mod tests {
     use super::*;
     use crate::cli::uri;
+    use crate::net::tls::{TlsFiles, TlsMode};
 
     fn host(text: &str) -> Option<Host> {
         Some(text.parse().unwrap())
@@ -433,6 +444,13 @@ mod tests {
             holes: Some(if word == "flags" { HolePolicy::Trust } else { HolePolicy::Ignore }),
             direct: true,
             relay: Some(RelayDefault::AtMost(Duration::from_secs(number.into()))),
+            tls: ServerTlsSettings {
+                tls: Some(if word == "flags" { TlsMode::On } else { TlsMode::Require }),
+                tls_cert: word.parse().ok(),
+                tls_key: word.parse().ok(),
+                tls_ca: word.parse().ok(),
+                tls_allow: vec![word.parse().unwrap()],
+            },
             idle_exit: Some(number.into()),
             sandbox: SandboxFlags { no_sandbox: true, user: Some(word.parse().unwrap()) },
             acl: vec![word.to_owned()],
@@ -443,6 +461,11 @@ mod tests {
                 unflushed: Some(number.into()),
                 connections: Some(number.into()),
                 timeout: Some(number.into()),
+                tls: ClientTlsSettings {
+                    mode: Some(if word == "flags" { TlsMode::On } else { TlsMode::Require }),
+                    files: TlsFiles { ca: word.parse().ok(), ..TlsFiles::default() },
+                    hostname: Some(word.to_owned()),
+                },
             },
             autostart: Some(if word == "flags" { Autostart::Yes } else { Autostart::No }),
             ip_filter: true,

@@ -4,10 +4,11 @@
 use super::config;
 use super::instance::{self, is_service_config};
 use super::settings::{ListenAddressError, Settings, UpstreamSettings, parse_timeout};
+use super::tls::{self, ServerTlsSettings, UPSTREAM_PREFIX};
 use super::uri::Target;
 use crate::daemon::{
     Admission, Config, ConfinementConfig, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy,
-    RereadConfig, UpstreamConfig,
+    ReloadedConfig, RereadConfig, UpstreamConfig,
 };
 use crate::net::Remote;
 use crate::server::acl::Acl;
@@ -98,13 +99,17 @@ impl StartRequest {
         self.merge(text.as_deref(), timeout.as_deref())
     }
 
-    /// Reads the configuration file again for a reload; `None` if there is no file.
+    /// Reads the configuration file again for a reload; `None` if there is neither a file nor TLS, whose
+    /// certificates a reload reads again.
     #[must_use]
     pub fn reread(&self) -> Option<RereadConfig> {
-        self.config_file.as_ref()?;
+        let has_tls = || self.load().is_ok_and(|config| config.has_tls());
+        if self.config_file.is_none() && !has_tls() {
+            return None;
+        }
         let request = self.clone();
         Some(RereadConfig(Box::new(move || {
-            request.load().map(|config| config.admission).map_err(|error| error.to_string())
+            request.load().map(ReloadedConfig::from).map_err(|error| error.to_string())
         })))
     }
 
@@ -143,6 +148,8 @@ impl StartRequest {
         let address = settings
             .address()
             .map_err(|error| StartRequestError::Misuse(self.describe_address_error(&error)))?;
+        let tls = settings.tls.config(settings.oldstyle);
+        let tls = tls.map_err(|why| StartRequestError::Misuse(self.describe_tls_error(&why)))?;
         Ok(Config {
             confinement: self.confinement(&settings),
             disk: self.disk(&settings, timeout).map_err(StartRequestError::Misuse)?,
@@ -152,7 +159,7 @@ impl StartRequest {
             control: settings.sock,
             killswitch: settings.killswitch,
             idle_exit: settings.idle_exit.map(Duration::from_secs),
-            admission: Admission { acl, limits: ClientLimits { clients, per_address } },
+            admission: Admission { acl, limits: ClientLimits { clients, per_address }, tls },
             when_full: if single { WhenFull::Wait } else { WhenFull::Refuse },
             payload_memory: settings.payload_memory,
         })
@@ -213,7 +220,7 @@ impl StartRequest {
         settings: &Settings,
         timeout: Option<&OsStr>,
     ) -> Result<UpstreamConfig, String> {
-        let UpstreamSettings { to, bind, cache, unflushed, connections, timeout: seconds } =
+        let UpstreamSettings { to, bind, cache, unflushed, connections, timeout: seconds, tls } =
             settings.upstream.clone();
         if to.is_empty() {
             let why = "the upstream is missing: give --to URI, or --conn-addr and --conn-port";
@@ -228,10 +235,14 @@ impl StartRequest {
         }
         let defaults = UpstreamOptions::default();
         let from_variable = timeout.map(parse_timeout_variable).transpose()?;
-        let targets =
-            to.into_iter().map(|Target { remote, export }| UpstreamTarget { remote, export });
+        let target = |target: Target| {
+            let tls = tls.target(&target, UPSTREAM_PREFIX);
+            let tls = tls.map_err(|why| self.describe_tls_error(&why))?;
+            Ok(UpstreamTarget { remote: target.remote, export: target.export, tls })
+        };
+        let targets = to.into_iter().map(target).collect::<Result<_, String>>()?;
         Ok(UpstreamConfig {
-            targets: targets.collect(),
+            targets,
             options: UpstreamOptions {
                 bind,
                 client: None,
@@ -239,7 +250,9 @@ impl StartRequest {
                 unflushed_bytes_max: unflushed.unwrap_or(defaults.unflushed_bytes_max),
                 connections: connections.unwrap_or(defaults.connections),
                 read_ahead: cache.filter(|bytes| *bytes > 0),
+                tls: None,
             },
+            tls: tls.files,
             read_only: settings.read_only,
         })
     }
@@ -249,6 +262,16 @@ impl StartRequest {
         match &self.config_file {
             None => why.to_owned(),
             Some(path) => format!("{} has no {key}=", path.display()),
+        }
+    }
+
+    /// Names the options about TLS if one of them is given, else the keys of the file.
+    fn describe_tls_error(&self, why: &str) -> String {
+        let Settings { tls, upstream, .. } = &self.settings;
+        let is_of_file = *tls == ServerTlsSettings::default() && upstream.tls.first_key().is_none();
+        match &self.config_file {
+            Some(path) if is_of_file => format!("{}: {}", path.display(), tls::with_keys(why)),
+            _ => why.to_owned(),
         }
     }
 
@@ -296,6 +319,7 @@ mod tests {
     use crate::daemon::RelayDefault;
     use crate::disk::HolePolicy;
     use crate::net::Address;
+    use crate::net::tls::{TlsFiles, TlsTarget};
     use nix::sys::stat::Mode;
     use std::fs;
 
@@ -356,6 +380,7 @@ mod tests {
             admission: Admission {
                 acl: Acl::parse(&["::1"], true).unwrap(),
                 limits: ClientLimits { clients: 3, per_address: 2 },
+                tls: None,
             },
         };
         let request = serve(Settings::default(), Some("disk.conf"));
@@ -370,8 +395,8 @@ mod tests {
         let role = ProcessRole::Listen { overwrite: true, records };
         let request = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };
         let config = request.merge(Some(text), None).unwrap();
-        let admission =
-            Admission { acl: Acl::parse(&["::1"], false).unwrap(), limits: ClientLimits::of(128) };
+        let acl = Acl::parse(&["::1"], false).unwrap();
+        let admission = Admission { acl, limits: ClientLimits::of(128), tls: None };
         assert_eq!((config.export.as_str(), &config.admission), ("disk", &admission));
         assert_eq!((config.killswitch, config.idle_exit), (false, None));
         let image = image(config);
@@ -500,6 +525,7 @@ mod tests {
         let target = |host: &str, port, export: &str| UpstreamTarget {
             remote: Remote::Host { host: host.to_owned(), port },
             export: export.to_owned(),
+            tls: TlsTarget::default(),
         };
         let expected = UpstreamConfig {
             targets: vec![target("a", 7, "disk")],
@@ -510,13 +536,16 @@ mod tests {
                 unflushed_bytes_max: 1 << 20,
                 connections: 2,
                 read_ahead: Some(8192),
+                tls: None,
             },
+            tls: TlsFiles::default(),
             read_only: true,
         };
         assert_eq!(upstream(&proxy(false), text, None), expected);
         let expected = UpstreamConfig {
             targets: vec![target("a", 10809, ""), target("b", 10809, "")],
             options: UpstreamOptions::default(),
+            tls: TlsFiles::default(),
             read_only: false,
         };
         assert_eq!(upstream(&proxy(false), "TO=nbd://a nbd://b\nCACHE=0\n", None), expected);

@@ -8,6 +8,7 @@ use super::*;
 use crate::control::command::{ArrivalAction, Mirror, RelayOptions, RelayRequest};
 use crate::daemon::RecordPolicy;
 use crate::net::Remote;
+use crate::net::tls::{TlsFiles, TlsTarget};
 
 fn parsed(line: &str) -> Result<Invocation, EarlyExit> {
     parse(["flexnbd"].into_iter().chain(line.split_whitespace()).map(OsString::from))
@@ -145,6 +146,7 @@ fn every_option_of_mirror_is_parsed() {
             seconds_max: Some(60),
             to: Some(crate::net::Remote::Unix("/s".into())),
             export: "disk".to_owned(),
+            ..RelayOptions::default()
         }),
         ..plain("192.0.2.1:7")
     };
@@ -273,6 +275,8 @@ fn read_and_write_have_the_same_options() {
         from: 4096,
         size: 1 << 20,
         bind: Some("127.0.0.9".parse().unwrap()),
+        tls: TlsTarget::default(),
+        tls_files: TlsFiles::default(),
     };
     let long = "--addr localhost --port 7 --from 4K --size 1M --bind 127.0.0.9 --export disk";
     let short = "-l localhost -p 7 -F 4096 -S 1048576 -b 127.0.0.9 --export disk";
@@ -520,12 +524,9 @@ fn contradicting_options_of_a_transfer_are_refused() {
 #[test]
 fn an_unsupported_uri_is_refused() {
     assert_misuse(
-        "read --uri nbds://h -F 0 -S 1",
-        "--uri URI: nbds means TLS, which is not supported here; use nbd",
-    );
-    assert_misuse(
         "read --uri http://h -F 0 -S 1",
-        "--uri URI: `http://h` begins neither with nbd:// nor nbd+unix://",
+        "--uri URI: `http://h` begins neither with nbd:// nor nbd+unix://, nor with nbds:// or \
+         nbds+unix:// for TLS",
     );
 }
 

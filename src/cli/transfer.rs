@@ -4,10 +4,12 @@
 use super::output;
 use super::settings::parse_ip;
 use super::size::{parse_from, parse_length};
+use super::tls::{ClientTlsFlags, ClientTlsSettings};
 use super::uri::{self, Target, parse_export};
 use crate::client::{ClientError, Connection};
 use crate::human::counted;
 use crate::nbd::wire::ErrorCode;
+use crate::net::tls::{ClientTls, TlsClient, TlsError, TlsFiles, TlsMode, TlsTarget};
 use crate::net::{Remote, Stream, connect, parse_port};
 use crate::range::Range;
 use std::io::{self, Read, Write};
@@ -38,7 +40,7 @@ pub struct TransferFlags {
         value_name = "URI",
         value_parser = uri::parse,
         help = "Server and export as a URI: nbd://HOST[:PORT][/EXPORT] or \
-                nbd+unix:///[EXPORT]?socket=PATH, instead of --addr and --port"
+                nbd+unix:///[EXPORT]?socket=PATH, with TLS nbds: or nbds+unix:, instead of --addr and --port"
     )]
     uri: Option<Target>,
 
@@ -57,6 +59,9 @@ pub struct TransferFlags {
     /// Local address to connect from, for servers that look at it
     #[arg(short, long, value_name = "BIND_ADDR", value_parser = parse_ip)]
     bind: Option<IpAddr>,
+
+    #[command(flatten)]
+    tls: ClientTlsFlags,
 }
 
 /// A range of an export to read or write.
@@ -72,6 +77,10 @@ pub struct Transfer {
     pub size: u64,
     /// Local address to connect from.
     pub bind: Option<IpAddr>,
+    /// Whether to use TLS, and the name of the server.
+    pub tls: TlsTarget,
+    /// The certificates.
+    pub tls_files: TlsFiles,
 }
 
 impl TransferFlags {
@@ -81,6 +90,8 @@ impl TransferFlags {
     /// A sentence for the operator.
     pub fn validate(self) -> Result<Transfer, String> {
         let target = parse_target(self.uri, self.addr, self.port)?;
+        let client = ClientTlsSettings::from(self.tls);
+        let tls = client.target(&target, "")?;
         let export = match (self.export, target.export) {
             (None, in_uri) => in_uri,
             (Some(export), in_uri) if in_uri.is_empty() || in_uri == export => export,
@@ -92,7 +103,8 @@ impl TransferFlags {
             return Err("--bind has no meaning for a unix socket".to_owned());
         }
         let Self { from, size, bind, .. } = self;
-        Ok(Transfer { remote: target.remote, export, from, size, bind })
+        let tls_files = client.files;
+        Ok(Transfer { remote: target.remote, export, from, size, bind, tls, tls_files })
     }
 }
 
@@ -113,6 +125,8 @@ pub fn write(transfer: &Transfer) -> ExitCode {
 enum TransferError {
     /// Connecting failed for every address of the server; holds the last error.
     Unreachable(io::Error),
+    /// The certificates cannot be used.
+    Tls(TlsError),
     /// The server reported an error, or the connection failed.
     Server(ClientError),
     /// The range does not lie within the export; holds the export's size in bytes.
@@ -165,8 +179,9 @@ impl Transfer {
     }
 
     fn connect(&self) -> Result<Connection, TransferError> {
+        let tls = self.load_tls().map_err(TransferError::Tls)?;
         let stream = self.connect_stream().map_err(TransferError::Unreachable)?;
-        let connection = Connection::open(stream, &self.export, IO_TIMEOUT)?;
+        let connection = Connection::open(stream, &self.export, tls.as_ref(), IO_TIMEOUT)?;
         let size = connection.agreement().size;
         if Range::within(size, self.from, self.size).is_none() {
             connection.close();
@@ -174,6 +189,14 @@ impl Transfer {
         }
         connection.check_alignment(self.from, self.size)?;
         Ok(connection)
+    }
+
+    fn load_tls(&self) -> Result<Option<ClientTls>, TlsError> {
+        // Without TLS the host needs no authorities.
+        if self.tls.mode == TlsMode::Off {
+            return Ok(None);
+        }
+        TlsClient::load(&self.tls_files)?.for_remote(&self.tls, &self.remote)
     }
 
     /// Connects to the first address that accepts; returns the error of the last one if none does.
@@ -228,6 +251,7 @@ fn describe(transfer: &Transfer, error: &TransferError) -> String {
     match error {
         // The error names the address, which `remote` need not: a host can have several.
         TransferError::Unreachable(error) => error.to_string(),
+        TransferError::Tls(error) => error.to_string(),
         TransferError::Server(error) => format!("{remote}: {error}"),
         TransferError::BeyondTheEnd(end) => {
             let (bytes, end) = (counted(*size, "byte"), counted(*end, "byte"));
@@ -255,7 +279,7 @@ fn parse_target(
     match (uri, addr, port) {
         (Some(target), _, _) => Ok(target),
         (None, Some(addr), port) => match Remote::parse(&addr, port) {
-            Ok(remote) => Ok(Target { remote, export: String::new() }),
+            Ok(remote) => Ok(Target::plain(remote)),
             Err(error) => Err(format!("--addr and --port: {error}")),
         },
         (None, None, Some(_)) => Err("--port needs --addr as well".to_owned()),

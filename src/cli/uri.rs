@@ -1,8 +1,10 @@
 //! NBD URIs, as in `doc/uri.md` of the NBD project: `nbd://host[:port][/export]` and
-//! `nbd+unix:///export?socket=path`.
+//! `nbd+unix:///export?socket=path`, with TLS `nbds://` and `nbds+unix://`, which may have a
+//! `tls-hostname=name` as those of libnbd.
 //! Pure. Parts of a URI that flexnbd does not support are errors, never ignored.
 
 use crate::nbd::wire::STRING_LENGTH_MAX;
+use crate::net::tls::{TlsMode, TlsTarget};
 use crate::net::{AddressError, Remote, parse_port};
 use percent_encoding::percent_decode_str;
 use std::ffi::OsString;
@@ -18,19 +20,28 @@ pub struct Target {
     pub remote: Remote,
     /// The export's name; empty for the server's default.
     pub export: String,
+    /// Whether the URI requires TLS, and the name of the server.
+    pub tls: TlsTarget,
+}
+
+impl Target {
+    /// The default export of a server, without TLS.
+    #[must_use]
+    pub fn plain(remote: Remote) -> Self {
+        Self { remote, export: String::new(), tls: TlsTarget::default() }
+    }
 }
 
 /// An invalid or unsupported URI.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UriError {
-    /// It does not begin with `nbd://` or `nbd+unix://`.
-    #[error("`{0}` begins neither with nbd:// nor nbd+unix://")]
+    /// It begins with none of the schemes.
+    #[error(
+        "`{0}` begins neither with nbd:// nor nbd+unix://, nor with nbds:// or nbds+unix:// for TLS"
+    )]
     Scheme(String),
-    /// Its scheme requires TLS.
-    #[error("nbds means TLS, which is not supported here; use nbd")]
-    Tls,
-    /// It has a user name, which only TLS uses.
-    #[error("a user name has no meaning without TLS; leave it out")]
+    /// It has a user name, which only TLS with pre-shared keys uses.
+    #[error("a user name has no meaning here, where certificates are used; leave it out")]
     User,
     /// It has a fragment.
     #[error("a # has no meaning here; write %23 for one in a name")]
@@ -85,9 +96,10 @@ pub fn parse(uri: &str) -> Result<Target, UriError> {
     let (scheme, rest) = uri.split_once("://").ok_or_else(|| UriError::Scheme(uri.to_owned()))?;
     let parts = Parts::of(rest)?;
     match scheme.to_ascii_lowercase().as_str() {
-        "nbd" => parse_tcp(&parts),
-        "nbd+unix" => parse_unix(&parts),
-        "nbds" | "nbds+unix" | "nbds+vsock" => Err(UriError::Tls),
+        "nbd" => parse_tcp(&parts, TlsMode::Off),
+        "nbds" => parse_tcp(&parts, TlsMode::Require),
+        "nbd+unix" => parse_unix(&parts, TlsMode::Off),
+        "nbds+unix" => parse_unix(&parts, TlsMode::Require),
         _ => Err(UriError::Scheme(uri.to_owned())),
     }
 }
@@ -143,13 +155,25 @@ impl<'a> Parts<'a> {
     }
 }
 
-fn parse_tcp(parts: &Parts<'_>) -> Result<Target, UriError> {
-    if let Some((key, _)) = parts.parameters().next() {
-        return Err(UriError::Parameter(key.to_owned()));
+fn parse_tcp(parts: &Parts<'_>, mode: TlsMode) -> Result<Target, UriError> {
+    let mut tls = TlsTarget { mode, hostname: None };
+    for (key, value) in parts.parameters() {
+        take_hostname(&mut tls, key, value)?;
     }
     let (host, port) = split_host_port(parts.authority)?;
     let remote = Remote::parse(host, Some(port)).map_err(UriError::Address)?;
-    Ok(Target { remote, export: parts.export()? })
+    Ok(Target { remote, export: parts.export()?, tls })
+}
+
+/// Takes the parameter `tls-hostname`, the only one that all schemes with TLS have.
+fn take_hostname(tls: &mut TlsTarget, key: &str, value: &str) -> Result<(), UriError> {
+    let has_meaning = key == "tls-hostname" && tls.mode != TlsMode::Off && tls.hostname.is_none();
+    let name = String::from_utf8(percent_decode(value)?).ok().filter(|name| !name.is_empty());
+    match name.filter(|_| has_meaning) {
+        Some(name) => tls.hostname = Some(name),
+        None => return Err(UriError::Parameter(key.to_owned())),
+    }
+    Ok(())
 }
 
 /// Splits `host`, `host:port` or `[address]:port`; an empty port means [`DEFAULT_PORT`].
@@ -165,16 +189,16 @@ fn split_host_port(authority: &str) -> Result<(&str, u16), UriError> {
     Ok((host, port.map_err(UriError::Address)?))
 }
 
-fn parse_unix(parts: &Parts<'_>) -> Result<Target, UriError> {
+fn parse_unix(parts: &Parts<'_>, mode: TlsMode) -> Result<Target, UriError> {
     if !parts.authority.is_empty() {
         return Err(UriError::HostWithSocket(parts.authority.to_owned()));
     }
-    let mut socket = None;
+    let (mut socket, mut tls) = (None, TlsTarget { mode, hostname: None });
     for (key, value) in parts.parameters() {
         match key {
             "socket" if socket.is_none() => socket = Some(percent_decode(value)?),
             "socket" => return Err(UriError::SocketMissing),
-            _ => return Err(UriError::Parameter(key.to_owned())),
+            _ => take_hostname(&mut tls, key, value)?,
         }
     }
     let socket = socket.filter(|path| !path.is_empty()).ok_or(UriError::SocketMissing)?;
@@ -182,7 +206,7 @@ fn parse_unix(parts: &Parts<'_>) -> Result<Target, UriError> {
         return Err(UriError::Nul);
     }
     let remote = Remote::Unix(OsString::from_vec(socket).into());
-    Ok(Target { remote, export: parts.export()? })
+    Ok(Target { remote, export: parts.export()?, tls })
 }
 
 fn percent_decode(text: &str) -> Result<Vec<u8>, UriError> {
@@ -202,11 +226,11 @@ mod tests {
 
     fn host(host: &str, port: u16, export: &str) -> Result<Target, UriError> {
         let remote = Remote::Host { host: host.to_owned(), port };
-        Ok(Target { remote, export: export.to_owned() })
+        Ok(Target { export: export.to_owned(), ..Target::plain(remote) })
     }
 
     fn unix(path: &str, export: &str) -> Result<Target, UriError> {
-        Ok(Target { remote: Remote::Unix(path.into()), export: export.to_owned() })
+        Ok(Target { export: export.to_owned(), ..Target::plain(Remote::Unix(path.into())) })
     }
 
     #[test]
@@ -233,15 +257,25 @@ mod tests {
     }
 
     #[test]
-    fn tls_schemes_are_refused_as_tls() {
-        for uri in ["nbds://h", "nbds+unix:///?socket=x", "NBDS://h"] {
-            assert_eq!(parse(uri), Err(UriError::Tls), "{uri}");
+    fn schemes_with_an_s_require_tls() {
+        let tls = |hostname: Option<&str>| TlsTarget {
+            mode: TlsMode::Require,
+            hostname: hostname.map(str::to_owned),
+        };
+        for (uri, plain, hostname) in [
+            ("nbds://h/x", host("h", 10809, "x"), None),
+            ("NBDS://h:7?tls-hostname=%61.example", host("h", 7, ""), Some("a.example")),
+            ("nbds+unix:///?socket=x", unix("x", ""), None),
+            ("nbds+unix:///y?tls-hostname=h&socket=x", unix("x", "y"), Some("h")),
+        ] {
+            let expected = Target { tls: tls(hostname), ..plain.unwrap() };
+            assert_eq!(parse(uri), Ok(expected), "{uri}");
         }
     }
 
     #[test]
     fn unknown_schemes_are_refused() {
-        for uri in ["", "localhost", "http://h", "nbd:h:10809", "nbd+vsock://1"] {
+        for uri in ["", "localhost", "http://h", "nbd:h:10809", "nbd+vsock://1", "nbds+vsock://1"] {
             let error = parse(uri).unwrap_err();
             assert_eq!(error, UriError::Scheme(uri.to_owned()));
         }
@@ -256,6 +290,10 @@ mod tests {
             ("nbd://h/a#b", UriError::Fragment),
             ("nbd://h/?socket=/x", parameter("socket")),
             ("nbd+unix:///?socket=/x&tls-hostname=h", parameter("tls-hostname")),
+            ("nbd://h?tls-hostname=h", parameter("tls-hostname")),
+            ("nbds://h?tls-hostname=", parameter("tls-hostname")),
+            ("nbds://h?tls-hostname=a&tls-hostname=a", parameter("tls-hostname")),
+            ("nbds://h?tls-certificates=/x", parameter("tls-certificates")),
             ("nbd:///x", UriError::HostMissing),
             ("nbd://:10809/x", UriError::HostMissing),
             ("nbd://h:0", UriError::Address(AddressError::PortZero)),

@@ -24,7 +24,7 @@ pub(crate) fn connection(bytes: &[u8]) {
         return;
     }
     let export = if first & 1 == 0 { "disk" } else { "" };
-    let Ok(mut connection) = Connection::open(Stream::Unix(client), export, TIMEOUT) else {
+    let Ok(mut connection) = Connection::open(Stream::Unix(client), export, None, TIMEOUT) else {
         return;
     };
     assert!((1..=PAYLOAD_LENGTH_DEFAULT).contains(&connection.payload_length_max()));

@@ -9,14 +9,18 @@ pub(crate) mod fuzz_tests;
 
 use crate::nbd::Malformed;
 use crate::nbd::handshake::Agreement;
-use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep, HandshakeFailure};
+use crate::nbd::handshake::client::{
+    ClientHandshake, ClientOffer, ClientStep, HandshakeFailure, TlsWish,
+};
 use crate::nbd::reply::{Dialect, ReplyHeader};
 use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{
     CommandFlags, CommandKind, ErrorCode, PAYLOAD_LENGTH_DEFAULT, TransmissionFlags,
 };
 use crate::net::Stream;
+use crate::net::tls::{ClientTls, TlsFailure, TlsMode, TlsRole};
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How much of a read is handed on at once, in bytes.
@@ -45,6 +49,9 @@ pub enum ClientError {
     /// The server answered a request with an error.
     #[error("the server answered: {0}")]
     Refused(ErrorCode),
+    /// TLS could not begin.
+    #[error(transparent)]
+    Tls(TlsFailure),
     /// The server broke the protocol.
     #[error("the server broke the NBD protocol: {0}")]
     Protocol(&'static str),
@@ -68,9 +75,14 @@ impl Connection {
     ///
     /// # Errors
     /// When the server does not give us the export.
-    pub fn open(stream: Stream, export: &str, timeout: Duration) -> Result<Self, ClientError> {
+    pub fn open(
+        stream: Stream,
+        export: &str,
+        tls: Option<&ClientTls>,
+        timeout: Duration,
+    ) -> Result<Self, ClientError> {
         let offer = ClientOffer { export: export.to_owned(), ..ClientOffer::default() };
-        let agreement = shake_hands(&stream, offer, timeout).1?;
+        let (stream, agreement) = shake_hands(stream, offer, tls, timeout).agreed?;
         Ok(Self { stream, agreement, timeout, cookie: 0 })
     }
 
@@ -153,6 +165,7 @@ impl Connection {
         header(CommandKind::Disconnect, 0, 0, 0).encode(Dialect::Simple, &mut goodbye);
         // Everything has been answered; a server that has gone already needs no goodbye.
         let _ = self.stream.send_all(&goodbye, self.timeout);
+        self.stream.announce_end();
     }
 
     fn request(
@@ -195,45 +208,94 @@ fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> RequestHe
     RequestHeader { flags, kind: kind.number(), cookie, offset, length: u64::from(length) }
 }
 
-/// Does the client's side of a handshake over a connected stream. Returns the answer to the
-/// private option, if any, and the agreement; each is useful without the other. All of it may take up to `timeout`, however busily the server talks.
-pub fn shake_hands(
-    stream: &Stream,
-    offer: ClientOffer,
-    timeout: Duration,
-) -> (Option<Vec<u8>>, Result<Agreement, ClientError>) {
-    let mut handshake = ClientHandshake::new(offer);
-    let agreed = converse(stream, &mut handshake, timeout);
-    (handshake.private_reply().map(<[u8]>::to_vec), agreed)
+/// The result of a handshake. Both parts are useful without the other.
+#[derive(Debug)]
+pub struct ClientOutcome {
+    /// The answer to the private option, if any.
+    pub private_reply: Option<Vec<u8>>,
+    /// The connection, which may be encrypted now, and what was agreed on.
+    pub agreed: Result<(Stream, Agreement), ClientError>,
 }
 
-/// Takes the server's bytes one at a time, so that nothing of what follows the handshake is taken
-/// with it. A handshake is short.
-fn converse(
-    stream: &Stream,
-    handshake: &mut ClientHandshake,
+/// Does the client's side of a handshake over a connected stream, with TLS if wanted. All of it may take up to
+/// `timeout`, however busily the server talks.
+#[must_use]
+pub fn shake_hands(
+    stream: Stream,
+    offer: ClientOffer,
+    tls: Option<&ClientTls>,
     timeout: Duration,
-) -> Result<Agreement, ClientError> {
-    let deadline = Instant::now() + timeout;
+) -> ClientOutcome {
+    let wish = match tls.map(ClientTls::mode) {
+        None | Some(TlsMode::Off) => TlsWish::No,
+        Some(TlsMode::On) => TlsWish::IfSupported,
+        Some(TlsMode::Require) => TlsWish::Required,
+    };
+    let mut handshake = ClientHandshake::new(ClientOffer { tls: wish, ..offer });
+    let deadline = Deadline { at: Instant::now() + timeout, timeout };
+    let agreed = converse(stream, &mut handshake, tls, &deadline);
+    ClientOutcome { private_reply: handshake.private_reply().map(<[u8]>::to_vec), agreed }
+}
+
+/// When a handshake must be complete.
+struct Deadline {
+    at: Instant,
+    timeout: Duration,
+}
+
+impl Deadline {
+    fn left(&self) -> Result<Duration, ClientError> {
+        let left = self.at.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(ClientError::Connection(self.late())) } else { Ok(left) }
+    }
+
+    fn late(&self) -> io::Error {
+        let seconds = self.timeout.as_secs_f32();
+        let text = format!("the handshake took longer than {seconds} s");
+        io::Error::new(io::ErrorKind::TimedOut, text)
+    }
+}
+
+/// Takes the server's bytes one at a time, so that nothing of what follows the handshake, or the plain part of
+/// it, is taken with it. A handshake is short.
+fn converse(
+    mut stream: Stream,
+    handshake: &mut ClientHandshake,
+    tls: Option<&ClientTls>,
+    deadline: &Deadline,
+) -> Result<(Stream, Agreement), ClientError> {
     let mut input = Vec::new();
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            let text = format!("the handshake took longer than {} s", timeout.as_secs_f32());
-            let late = io::Error::new(io::ErrorKind::TimedOut, text);
-            return Err(ClientError::Connection(late));
-        }
         let mut byte = [0];
-        stream.recv_exact(&mut byte, left).map_err(ClientError::Connection)?;
+        stream.recv_exact(&mut byte, deadline.left()?).map_err(ClientError::Connection)?;
         input.push(byte[0]);
         let mut out = Vec::new();
         let (used, next) = handshake.advance(&input, &mut out).map_err(ClientError::Handshake)?;
         input.drain(..used);
-        stream.send_all(&out, timeout).map_err(ClientError::Connection)?;
-        if let ClientStep::Transmission(agreement) = next {
-            return Ok(agreement);
+        stream.send_all(&out, deadline.timeout).map_err(ClientError::Connection)?;
+        match next {
+            ClientStep::NeedInput => {}
+            ClientStep::Transmission(agreement) => return Ok((stream, agreement)),
+            ClientStep::StartTls => {
+                // The handshake begins TLS only if it is wanted.
+                let Some(tls) = tls else { return Err(ClientError::Protocol("unwanted TLS")) };
+                stream = start_tls(stream, tls, deadline)?;
+                let mut out = Vec::new();
+                handshake.on_tls_started(&mut out);
+                stream.send_all(&out, deadline.timeout).map_err(ClientError::Connection)?;
+            }
         }
     }
+}
+
+fn start_tls(stream: Stream, tls: &ClientTls, deadline: &Deadline) -> Result<Stream, ClientError> {
+    let (config, name) = (Arc::clone(tls.config()), tls.server_name().clone());
+    let mut wait = |stream: &Stream, interest| {
+        let ready = stream.wait(interest, None, Some(deadline.at))?;
+        if ready.timed_out { Err(deadline.late()) } else { Ok(()) }
+    };
+    let secured = stream.start_tls(&TlsRole::Client { config, name }, &mut wait);
+    secured.map_err(ClientError::Tls)
 }
 
 #[cfg(test)]
@@ -288,7 +350,7 @@ mod tests {
             server.read_exact(&mut [0; 28]).unwrap();
             server.write_all(&answer).unwrap();
         });
-        Connection::open(Stream::Unix(client), "", TIMEOUT).unwrap()
+        Connection::open(Stream::Unix(client), "", None, TIMEOUT).unwrap()
     }
 
     fn reply(cookie: u64, error: u32) -> Vec<u8> {
@@ -327,7 +389,7 @@ mod tests {
         let (told, outcome) = mpsc::channel();
         thread::spawn(move || {
             let timeout = Duration::from_millis(100);
-            told.send(Connection::open(Stream::Unix(client), "", timeout).map(drop))
+            told.send(Connection::open(Stream::Unix(client), "", None, timeout).map(drop))
         });
         match outcome.recv_timeout(TIMEOUT).expect("it goes on for ever") {
             Err(ClientError::Connection(error)) => {

@@ -6,6 +6,7 @@
 //! empty line, which ends the command; bytes after the empty line are ignored.
 
 mod relay;
+mod tls;
 
 use super::reply::{MISSING_COMMAND, Reply, UNKNOWN_COMMAND};
 // Values only; `core` rather than `std` because this file opens no connections.
@@ -14,13 +15,14 @@ use std::fmt;
 use std::num::IntErrorKind;
 
 pub use relay::{RELAY_SECONDS_MAX, RelayOptions, RelayRequest};
+pub use tls::MirrorTls;
 
 /// Longest line of a command, in bytes, its line break not counted.
 pub const LINE_BYTES_MAX: usize = 256;
 /// Most lines of a command: the word and its arguments, without the empty line.
 pub const LINES_MAX: usize = 4096;
 /// Most arguments that `mirror` takes.
-const MIRROR_ARGUMENTS_MAX: usize = 10;
+const MIRROR_ARGUMENTS_MAX: usize = 17;
 /// Position of the first of the words at the end of `mirror`'s arguments.
 const WORDS_AT: usize = 5;
 /// The word of `mirror` if it may move a disk without an ownership record; before all others.
@@ -67,6 +69,8 @@ pub struct Mirror {
     pub no_record: bool,
     /// What becomes of the clients.
     pub relay: RelayRequest,
+    /// TLS with the destination.
+    pub tls: Box<MirrorTls>,
 }
 
 #[cfg(test)]
@@ -80,6 +84,7 @@ impl Mirror {
             max_bps: None,
             no_record: false,
             relay: RelayRequest::AsConfigured,
+            tls: Box::default(),
         }
     }
 }
@@ -212,9 +217,12 @@ impl Mirror {
             return Err(CommandError::TooManyMirrorArguments);
         }
         let no_record = argument(WORDS_AT) == Some(NO_RECORD);
-        let mut relay = RelayRequest::default();
-        let words = arguments.iter().skip(WORDS_AT + usize::from(no_record));
-        words.clone().try_for_each(|word| relay.take(word))?;
+        let (mut relay, mut tls) = (RelayRequest::default(), Box::<MirrorTls>::default());
+        for word in arguments.iter().skip(WORDS_AT + usize::from(no_record)) {
+            if !tls.take(word)? {
+                relay.take(word)?;
+            }
+        }
         let fills_place = arguments.len() > WORDS_AT;
         let limit = argument(4).map(max_bps).transpose()?;
         Ok(Self {
@@ -225,6 +233,7 @@ impl Mirror {
             max_bps: limit.filter(|limit| *limit > 0 || !fills_place),
             no_record,
             relay,
+            tls,
         })
     }
 
@@ -239,6 +248,7 @@ impl Mirror {
         let mut words: Vec<String> =
             self.no_record.then(|| NO_RECORD.to_owned()).into_iter().collect();
         words.extend(self.relay.words());
+        words.extend(self.tls.words());
         let limit = self.max_bps.or((!words.is_empty()).then_some(0));
         match (self.bind, limit) {
             (Some(bind), _) => arguments.push(bind.to_string()),
@@ -391,9 +401,13 @@ pub enum CommandError {
     BadBindAddress,
     /// `mirror`: the sixth argument or a later one is no word, or contradicts an earlier one.
     #[error(
-        "bad word: must be {NO_RECORD}, no-relay, or relay with relay-for=, relay-to=, relay-export="
+        "bad word: must be {NO_RECORD}, no-relay, relay with relay-for=, relay-to=, relay-export=, \
+         relay-tls=, relay-tls-hostname=, or tls=, tls-ca=, tls-cert=, tls-key=, tls-hostname="
     )]
     BadMirrorWord,
+    /// `mirror`: the TLS mode is unknown, or a file has no absolute path.
+    #[error("bad TLS: the mode must be off, on or require, and files need absolute paths")]
+    BadTls,
     /// `mirror`: the time to relay is invalid.
     #[error("bad time to relay: must be 1 to {RELAY_SECONDS_MAX} seconds")]
     BadRelaySeconds,

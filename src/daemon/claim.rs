@@ -191,7 +191,7 @@ fn claim_to_serve(
         }
         ForServe::Refuse(refusal) => Err(StartError::Ownership(denial(config, &refusal))),
         ForServe::Ask { id, to, from, before, refusal } => {
-            let query = HandoverQuery::new(Question { size, id }, &to, from);
+            let query = HandoverQuery::new(Question { size, id }, &to, from, startup_query.tls);
             let verdict = query.as_ref().map(|query| startup_query.run(query)).transpose()?;
             match verdict.unwrap_or(HandoverVerdict::Unknown) {
                 HandoverVerdict::NotArrived => record_stayed(record_store, id, &to, before),
@@ -355,6 +355,7 @@ mod tests {
     use super::*;
     use crate::daemon::ConfinementConfig;
     use crate::daemon::signals::Signals;
+    use crate::daemon::tls::ProcessTls;
     use crate::systemd::ServiceManager;
     use std::path::{Path, PathBuf};
 
@@ -373,7 +374,8 @@ mod tests {
     fn claim(receiving: Option<ReceivingConfig>, image: &Path) -> Result<Claim, StartError> {
         let config = ImageConfig { receiving, create: Some(4096), ..ImageConfig::serve(image) };
         let (notifier, signals) = (ServiceManager::silent(), Signals::none());
-        let query = StartupQuery { notifier: &notifier, signals: &signals, answer: None };
+        let tls = &ProcessTls::none();
+        let query = StartupQuery { notifier: &notifier, signals: &signals, tls, answer: None };
         let unconfined = Confinement::refusing(&ConfinementConfig::default(), None);
         Claim::acquire(&config, &query, &unconfined)
     }

@@ -2,6 +2,7 @@
 
 use crate::disk::HolePolicy;
 use crate::net::Address;
+use crate::net::tls::{AllowedName, TlsFiles, TlsMode};
 use crate::sandbox::user::UserName;
 use crate::server::acl::Acl;
 use crate::server::{ClientLimits, WhenFull};
@@ -106,10 +107,37 @@ pub struct ReceivingConfig {
 pub struct UpstreamConfig {
     /// The addresses of the disk, at least one, in the order in which to try them.
     pub targets: Vec<UpstreamTarget>,
-    /// The options of the connections.
+    /// The options of the connections, without TLS, which is made of the files below.
     pub options: UpstreamOptions,
+    /// The certificates of TLS, if a target uses it.
+    pub tls: TlsFiles,
     /// Refuse writes.
     pub read_only: bool,
+}
+
+impl Config {
+    /// Whether certificates are used, which a reload reads again.
+    #[must_use]
+    pub fn has_tls(&self) -> bool {
+        self.admission.tls.is_some() || self.upstream_tls().is_some()
+    }
+
+    /// The certificates of TLS with the upstream; `None` without TLS.
+    #[must_use]
+    pub fn upstream_tls(&self) -> Option<&TlsFiles> {
+        match &self.disk {
+            DiskConfig::Upstream(upstream) if upstream.has_tls() => Some(&upstream.tls),
+            _ => None,
+        }
+    }
+}
+
+impl UpstreamConfig {
+    /// Whether a target uses TLS.
+    #[must_use]
+    pub fn has_tls(&self) -> bool {
+        self.targets.iter().any(|target| target.tls.mode != TlsMode::Off)
+    }
 }
 
 #[cfg(test)]
@@ -124,7 +152,7 @@ impl Config {
             control: None,
             killswitch: false,
             idle_exit: None,
-            admission: Admission { acl: Acl::default(), limits: ClientLimits::of(128) },
+            admission: Admission { acl: Acl::default(), limits: ClientLimits::of(128), tls: None },
             when_full: WhenFull::Refuse,
             payload_memory: None,
             confinement: ConfinementConfig { sandbox: true, ..ConfinementConfig::default() },
@@ -170,10 +198,39 @@ pub struct Admission {
     pub acl: Acl,
     /// The largest numbers of clients.
     pub limits: ClientLimits,
+    /// The TLS of their connections; `None` for none.
+    pub tls: Option<ServerTlsConfig>,
+}
+
+/// The TLS of a server, whose files are not read yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerTlsConfig {
+    /// Whether clients must use TLS; not [`TlsMode::Off`].
+    pub mode: TlsMode,
+    /// Certificate, key and authorities.
+    pub files: TlsFiles,
+    /// The names of client certificates that are accepted; all if there are none.
+    pub allow: Vec<AllowedName>,
+}
+
+/// The part of the configuration that a reload replaces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReloadedConfig {
+    /// Which clients may connect.
+    pub admission: Admission,
+    /// The certificates of TLS with the upstream; `None` without TLS.
+    pub upstream_tls: Option<TlsFiles>,
+}
+
+impl From<Config> for ReloadedConfig {
+    fn from(config: Config) -> Self {
+        let upstream_tls = config.upstream_tls().cloned();
+        Self { admission: config.admission, upstream_tls }
+    }
 }
 
 /// Reads the configuration file again; the error is a message for the operator.
-pub struct RereadConfig(pub Box<dyn Fn() -> Result<Admission, String> + Send + Sync>);
+pub struct RereadConfig(pub Box<dyn Fn() -> Result<ReloadedConfig, String> + Send + Sync>);
 
 impl fmt::Debug for RereadConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

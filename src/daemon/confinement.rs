@@ -15,6 +15,7 @@
 use super::config::{Config, ConfinementConfig, DiskConfig, ImageConfig, UpstreamConfig};
 use super::start_error::StartError;
 use crate::disk::record_store::RecordStore;
+use crate::net::tls::{CLIENT_TRUST_STORE, TlsFiles, credentials_directory};
 use crate::net::{Address, Remote, visible_user};
 use crate::sandbox::rules::{ImageFiles, NameLookups, Needs};
 use crate::sandbox::user::{Account, UserName};
@@ -61,6 +62,7 @@ impl Confinement {
         let mut plan = Self::of(&config.confinement, sockets);
         plan.needs.names = names;
         plan.no_tcp_connect = receives;
+        plan.needs.read_again.extend(with_targets(tls_files(config)));
         plan
     }
 
@@ -72,9 +74,7 @@ impl Confinement {
     }
 
     fn of(config: &ConfinementConfig, sockets: Vec<PathBuf>) -> Self {
-        // A rule for the directory of a link does not hold for the file that it leads to.
-        let targets = config.read_again.iter().filter_map(|path| fs::canonicalize(path).ok());
-        let read_again = config.read_again.iter().cloned().chain(targets).collect();
+        let read_again = with_targets(config.read_again.clone());
         Self {
             needs: Needs { sockets, read_again, ..Needs::default() },
             no_tcp_connect: false,
@@ -164,6 +164,24 @@ impl Confinement {
         info!("sandbox: {confined}");
         self.in_force.set(Some(confined.word()));
     }
+}
+
+/// The paths, and the files that they lead to: a rule for the directory of a link does not hold for those.
+fn with_targets(mut paths: Vec<PathBuf>) -> Vec<PathBuf> {
+    let targets: Vec<_> = paths.iter().filter_map(|path| fs::canonicalize(path).ok()).collect();
+    paths.extend(targets);
+    paths
+}
+
+/// The files that a reload reads for TLS, and those that `mirror` may name: the authorities of the host, and
+/// credentials.
+fn tls_files(config: &Config) -> Vec<PathBuf> {
+    let server = config.admission.tls.as_ref().map(|tls| &tls.files);
+    let files = server.into_iter().chain(config.upstream_tls());
+    let mut paths: Vec<PathBuf> = files.flat_map(TlsFiles::paths).collect();
+    paths.push(CLIENT_TRUST_STORE.into());
+    paths.extend(credentials_directory().map(|directory| directory.join("NAME")));
+    paths
 }
 
 /// How often a proxy of these servers looks up names.

@@ -8,6 +8,7 @@ use super::proxying;
 use super::relaying::ActiveRelay;
 use super::snapshot::{self, LeftSessions};
 use super::status_reporter::{Reported, StatusReporter};
+use super::tls::ExpiryWatch;
 use super::watchdog::Watchdog;
 use crate::control::Handle;
 use crate::disk::Disk;
@@ -56,6 +57,7 @@ pub(super) struct Process {
     /// The image's path or the upstream's address, for messages.
     pub(super) name: String,
     pub(super) idle: Idle,
+    pub(super) expiry: ExpiryWatch,
     pub(super) status: StatusReporter,
     /// `None` if the service manager has no watchdog.
     pub(super) watchdog: Option<Watchdog>,
@@ -83,10 +85,12 @@ impl Process {
                 return ProcessEnd::Well;
             }
             self.report_status(now, clients, relay.is_some());
+            self.expiry.warn_if_due(&self.service.tls, now);
             let deadlines = [
                 self.idle.deadline(self.is_busy()),
                 self.status.deadline(now),
                 relay.and_then(|relay| relay.deadline),
+                self.expiry.deadline(&self.service.tls),
             ];
             if let Some(event) = self.next_event(deadlines.into_iter().flatten().min())
                 && let Some(end) = self.handle(event)

@@ -4,6 +4,7 @@
 //! Never decides the reaction to the answer.
 
 use super::signals::Signals;
+use super::tls::ProcessTls;
 use crate::disk::ownership::{Id, RemoteAddress};
 use crate::memory_reserve::check_thread_headroom;
 use crate::migration::job::{HandoverVerdict, Trouble, handover_verdict};
@@ -49,9 +50,11 @@ impl HandoverQuery {
         question: Question,
         to: &RemoteAddress,
         from: Option<IpAddr>,
+        tls: &ProcessTls,
     ) -> Option<Box<Self>> {
         let address = to.as_str().parse().ok().map(Address::Tcp)?;
-        let route = Route { to: address, bind: from };
+        let tls = tls.for_question(&address);
+        let route = Route { to: address, bind: from, tls };
         Some(Box::new(Self { to: to.clone(), route, question }))
     }
 }
@@ -121,6 +124,7 @@ impl AsFd for RunningQuery {
 pub(super) struct StartupQuery<'a> {
     pub(super) notifier: &'a ServiceManager,
     pub(super) signals: &'a Signals,
+    pub(super) tls: &'a ProcessTls,
     /// The result of an earlier query, if there is one.
     pub(super) answer: Option<QueryResult>,
 }
@@ -301,7 +305,7 @@ mod tests {
         let to = RemoteAddress::new(&listener.local_addr().unwrap().to_string()).unwrap();
         // No host has it (RFC 5737).
         let from = "192.0.2.1".parse().unwrap();
-        let query = HandoverQuery::new(QUESTION, &to, Some(from)).unwrap();
+        let query = HandoverQuery::new(QUESTION, &to, Some(from), &ProcessTls::none()).unwrap();
         let ask = || {
             let running = RunningQuery::start(&query).unwrap();
             wait_readable(&[running.as_fd()], None).unwrap();
@@ -317,7 +321,9 @@ mod tests {
 
     #[test]
     fn only_tcp_addresses_can_be_asked() {
-        let query = |to: &str| HandoverQuery::new(QUESTION, &RemoteAddress::new(to).unwrap(), None);
+        let tls = ProcessTls::none();
+        let query =
+            |to: &str| HandoverQuery::new(QUESTION, &RemoteAddress::new(to).unwrap(), None, &tls);
         assert!(query("192.0.2.7:10809").is_some());
         assert!(query("/run/x").is_none());
     }

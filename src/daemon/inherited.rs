@@ -6,6 +6,7 @@ use super::handover_query::{QueryResult, StartupQuery};
 use super::signals::Signals;
 use super::snapshot::{self, LeftSessions};
 use super::start_error::StartError;
+use super::tls::ProcessTls;
 use crate::net::{Listener, wait_readable};
 use crate::systemd::{InheritedSockets, ServiceManager};
 use nix::sys::stat::{SFlag, fstat};
@@ -53,8 +54,12 @@ impl Inherited {
     }
 
     /// The means to ask another host about the disk; `answer` is the result of an earlier query.
-    pub(super) fn startup_query(&self, answer: Option<QueryResult>) -> StartupQuery<'_> {
-        StartupQuery { notifier: &self.notifier, signals: &self.signals, answer }
+    pub(super) fn startup_query<'a>(
+        &'a self,
+        tls: &'a ProcessTls,
+        answer: Option<QueryResult>,
+    ) -> StartupQuery<'a> {
+        StartupQuery { notifier: &self.notifier, signals: &self.signals, tls, answer }
     }
 
     pub(super) fn has_sockets(&self) -> bool {

@@ -10,7 +10,7 @@
 //!                    degraded ─▶ end
 //! ```
 //!
-//! `startup` reads `role → sockets → server → control → watchdog → ready`: a role is an image (`claim`),
+//! `startup` reads `certificates → role → sockets → server → control → watchdog → ready`: a role is an image (`claim`),
 //! an upstream (`proxying`), or the upstream that an image has moved to (`relaying`). `degraded` refuses
 //! clients while the disk cannot be served. `confinement` restricts the process on the way, before any
 //! thread starts.
@@ -43,11 +43,12 @@ mod sockets;
 mod start_error;
 mod startup;
 mod status_reporter;
+mod tls;
 mod watchdog;
 
 pub use config::{
     Admission, Config, ConfinementConfig, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy,
-    RelayDefault, RereadConfig, UpstreamConfig,
+    RelayDefault, ReloadedConfig, RereadConfig, ServerTlsConfig, UpstreamConfig,
 };
 pub use event_loop::ProcessEnd;
 pub use start_error::StartError;

@@ -4,9 +4,10 @@
 use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
 use super::flush_failure::FlushFailure;
-use super::outgoing::{self, MigrationContext, PreparedMigration};
+use super::outgoing::{self, MigrationContext, MigrationDestination, PreparedMigration};
 use super::proxying;
 use super::relaying::{ActiveRelay, PlannedRelay, RelayPlan, RelaySlot};
+use super::tls::ProcessTls;
 use crate::control::command::Mirror;
 use crate::control::status::{
     DISK_ID, FLUSH_FAILED, OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, SANDBOX,
@@ -40,6 +41,7 @@ pub(super) struct Service {
     pub(super) server: Mutex<Server>,
     pub(super) reread: Option<RereadConfig>,
     pub(super) role: DiskRole,
+    pub(super) tls: ProcessTls,
     pub(super) waiters: MigrationWaiters,
     pub(super) commands: Arc<ActiveCommands>,
     pub(super) notifier: ServiceManager,
@@ -301,9 +303,16 @@ impl Service {
             return Reply::refused("started without --config, so there is nothing to reload");
         };
         log_unsent(self.notifier.reloading());
-        let reply = match reread() {
-            Ok(Admission { acl, limits }) => {
-                self.server().set_admission(acl, limits);
+        let reread = reread().and_then(|config| {
+            // Before anything changes, because it can fail.
+            self.tls.reload(&config).map_err(|error| error.to_string())?;
+            Ok(config.admission)
+        });
+        let reply = match reread {
+            Ok(Admission { acl, limits, .. }) => {
+                let server = self.server();
+                server.set_admission(acl, limits);
+                server.set_tls(self.tls.server());
                 Reply::success("reloaded")
             }
             Err(why) => Reply::refused(why),
@@ -361,7 +370,9 @@ impl Service {
         let size = outgoing.context.disk.size();
         let record_store = outgoing::check(&outgoing.record_store, size, command)?;
         let shutdown = self.server().shutdown_handle();
-        let relay = RelayPlan::of(command, outgoing.context.relay).map(|plan| {
+        let tls =
+            self.tls.for_migration(command).map_err(|error| Reply::refused(error.to_string()))?;
+        let relay = RelayPlan::of(command, outgoing.context.relay, tls.relay).map(|plan| {
             let (flags, block_min) = self.server().offered();
             PlannedRelay {
                 plan,
@@ -370,8 +381,9 @@ impl Service {
                 is_interrupted: Arc::clone(&self.waiters.is_interrupted),
             }
         });
+        let destination = MigrationDestination { command, tls: tls.destination };
         let prepared =
-            PreparedMigration::new(&outgoing.context, record_store, shutdown, relay, command)?;
+            PreparedMigration::new(&outgoing.context, record_store, shutdown, relay, &destination)?;
         let handle = Arc::clone(&prepared.handle);
         // The event loop sets `is_interrupted` and then looks for a migration. So either it finds
         // this migration, or this thread sees the flag.
@@ -486,6 +498,7 @@ mod tests {
                 record_store,
                 FlushFailure::new("image".to_owned(), Provenance::Native, None),
             )),
+            tls: ProcessTls::none(),
             waiters: MigrationWaiters::default(),
             commands: ActiveCommands::new(sender),
             notifier: ServiceManager::silent(),
@@ -509,6 +522,7 @@ mod tests {
             max_bps: None,
             no_record: true,
             relay: RelayRequest::No,
+            tls: Box::default(),
         };
         let operator = Credentials { pid: 1, uid: None };
         assert!(!service.execute(Command::Mirror(mirror), operator).is_success());

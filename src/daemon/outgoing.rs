@@ -24,6 +24,7 @@ use crate::migration::source::{
     MigrationHandle, MigrationParams, MigrationStats, Observer, Source, StartFailure,
 };
 use crate::net::Address;
+use crate::net::tls::ClientTls;
 use crate::server::ShutdownHandle;
 use std::env;
 use std::num::NonZeroU64;
@@ -130,6 +131,13 @@ pub(super) fn check(
     Ok(record_store)
 }
 
+/// Where a disk moves, and how.
+pub(super) struct MigrationDestination<'a> {
+    pub(super) command: &'a Mirror,
+    /// The TLS of the connection; `None` for none.
+    pub(super) tls: Option<ClientTls>,
+}
+
 /// A migration that can start. Its handle exists already, so that it can be abandoned before it
 /// starts.
 pub(super) struct PreparedMigration {
@@ -148,8 +156,9 @@ impl PreparedMigration {
         record_store: RecordStore,
         shutdown: ShutdownHandle,
         relay: Option<PlannedRelay>,
-        command: &Mirror,
+        destination: &MigrationDestination<'_>,
     ) -> Result<Self, Reply> {
+        let command = destination.command;
         let (start_result, receiver) = mpsc::channel();
         let mut job = job(context, command)?;
         job.relay = relay.as_ref().map(PlannedRelay::terms);
@@ -176,7 +185,11 @@ impl PreparedMigration {
         let (source, handle) = Source::new(MigrationParams {
             disk: Arc::clone(&context.disk),
             record_store,
-            route: Route { to: Address::Tcp(command.to), bind: command.bind },
+            route: Route {
+                to: Address::Tcp(command.to),
+                bind: command.bind,
+                tls: destination.tls.clone(),
+            },
             job,
             disk_id: context.disk_id.get(),
             observer: Box::new(reporter),

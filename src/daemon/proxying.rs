@@ -15,6 +15,7 @@ use crate::control::status::{
 use crate::disk::Disk;
 use crate::human::counted;
 use crate::memory_reserve::check_thread_headroom;
+use crate::net::tls::{TlsClient, TlsClientSlot};
 use crate::net::{Wake, wait_readable};
 use crate::server::StoredSessions;
 use crate::sync::lock;
@@ -62,7 +63,11 @@ pub(super) fn connect(
     let signal = signals.descriptor().map_err(system)?;
     let id = random::bytes()
         .map_err(|error| StartError::System("draw random numbers", io::Error::other(error)))?;
-    let options = UpstreamOptions { client: Some(id), ..config.options.clone() };
+    let mut options = UpstreamOptions { client: Some(id), ..config.options.clone() };
+    if options.tls.is_none() && config.has_tls() {
+        let client = TlsClient::load(&config.tls).map_err(StartError::Tls)?;
+        options.tls = Some(TlsClientSlot::new(client));
+    }
     let mut logged = String::new();
     loop {
         let targets = u32::try_from(config.targets.len()).unwrap_or(u32::MAX);

@@ -6,6 +6,7 @@ use super::config::{RelayDefault, UpstreamConfig};
 use super::events::{ProcessEvent, UpstreamEventSender};
 use super::proxying;
 use super::start_error::{OwnershipDenial, StartError};
+use super::tls::RelayTls;
 use crate::control::Status;
 use crate::control::command::{Mirror, RelayOptions, RelayRequest};
 use crate::control::status::{RELAY_SECONDS_LEFT, RELAYING_TO};
@@ -19,6 +20,7 @@ use crate::migration::link::Route;
 use crate::migration::relay::{RelayConnector, RelayError};
 use crate::migration::source::ask;
 use crate::migration::wire::{Answer, Has, Question};
+use crate::net::tls::{TlsFile, TlsFiles, TlsMode, TlsTarget};
 use crate::net::{Remote, resolve_within};
 use crate::server::ShutdownHandle;
 use crate::sync::lock;
@@ -42,19 +44,21 @@ pub(super) struct RelayPlan {
     /// Local address of the connections.
     pub(super) bind: Option<IpAddr>,
     pub(super) duration_max: Option<Duration>,
+    /// The certificates of the connections; the target says whether they are used.
+    pub(super) tls: RelayTls,
     /// Whether the target is where the migration goes.
     pub(super) is_destination: bool,
 }
 
 impl RelayPlan {
     /// What `command` asks for, or else the configuration; `None` if clients do not stay.
-    pub(super) fn of(command: &Mirror, default: RelayDefault) -> Option<Self> {
+    pub(super) fn of(command: &Mirror, default: RelayDefault, tls: RelayTls) -> Option<Self> {
         let (options, default) = match (&command.relay, default) {
             (RelayRequest::No, _) | (RelayRequest::AsConfigured, RelayDefault::No) => return None,
             (RelayRequest::AsConfigured, default) => (RelayOptions::default(), default),
             (RelayRequest::Yes(options), default) => (options.clone(), default),
         };
-        let RelayOptions { seconds_max, to, export } = options;
+        let RelayOptions { seconds_max, to, export, .. } = options;
         let destination =
             Remote::Host { host: command.to.ip().to_string(), port: command.to.port() };
         let configured = match default {
@@ -63,14 +67,23 @@ impl RelayPlan {
         };
         Some(Self {
             is_destination: to.is_none(),
-            target: UpstreamTarget { remote: to.unwrap_or(destination), export },
+            target: UpstreamTarget {
+                remote: to.unwrap_or(destination),
+                export,
+                tls: tls.target.clone(),
+            },
             bind: command.bind,
+            tls,
             duration_max: seconds_max.map(Duration::from_secs).or(configured),
         })
     }
 
     fn options(&self) -> UpstreamOptions {
-        UpstreamOptions { bind: self.bind, ..UpstreamOptions::default() }
+        UpstreamOptions {
+            bind: self.bind,
+            tls: self.tls.client.clone(),
+            ..UpstreamOptions::default()
+        }
     }
 }
 
@@ -113,6 +126,7 @@ impl ActiveRelay {
             export: self.plan.target.export.clone(),
             bind: self.plan.bind,
             seconds_left: self.deadline.map(|end| end.saturating_duration_since(now).as_secs()),
+            tls: RelayTlsNote::of(&self.plan.tls),
         }
     }
 
@@ -255,8 +269,13 @@ impl DestinationConnector {
         let addresses = resolve_within(&target.remote, RESOLVE_TIMEOUT)
             .map_err(|error| not_yet(error.to_string()))?;
         let mut failure = not_yet("its name has no address".to_owned());
+        let tls = match &self.plan.tls.client {
+            Some(client) => client.get().for_remote(&target.tls, &target.remote),
+            None => Ok(None),
+        };
+        let tls = tls.map_err(|error| RelayError::Unsuitable(error.to_string()))?;
         for to in addresses {
-            match ask(&Route { to, bind: self.plan.bind }, question) {
+            match ask(&Route { to, bind: self.plan.bind, tls: tls.clone() }, question) {
                 Ok(Some(Answer { has: Has::Arrived, .. })) => return Ok(()),
                 Ok(_) => failure = not_yet("it does not have the disk".to_owned()),
                 Err(trouble) => failure = not_yet(trouble.to_string()),
@@ -277,6 +296,42 @@ pub(super) struct RelayNote {
     export: String,
     bind: Option<IpAddr>,
     seconds_left: Option<u64>,
+    /// Without TLS it is left out, as programs that know none expect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tls: Option<RelayTlsNote>,
+}
+
+/// The TLS of a relay, in the words of the command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RelayTlsNote {
+    mode: String,
+    hostname: Option<String>,
+    cert: Option<String>,
+    key: Option<String>,
+    ca: Option<String>,
+}
+
+impl RelayTlsNote {
+    fn of(tls: &RelayTls) -> Option<Self> {
+        let RelayTls { target, files, .. } = tls;
+        let text = |file: &Option<TlsFile>| file.as_ref().map(TlsFile::to_string);
+        (target.mode != TlsMode::Off).then(|| Self {
+            mode: target.mode.to_string(),
+            hostname: target.hostname.clone(),
+            cert: text(&files.cert),
+            key: text(&files.key),
+            ca: text(&files.ca),
+        })
+    }
+
+    fn parse(&self) -> Option<RelayTls> {
+        let file = |text: &Option<String>| text.as_deref().map(str::parse).transpose().ok();
+        let files =
+            TlsFiles { cert: file(&self.cert)?, key: file(&self.key)?, ca: file(&self.ca)? };
+        let target = TlsTarget { mode: self.mode.parse().ok()?, hostname: self.hostname.clone() };
+        Some(RelayTls { target, files, client: None })
+    }
 }
 
 impl RelayNote {
@@ -285,7 +340,8 @@ impl RelayNote {
         let plan = self.plan().filter(|_| id.0 == self.migration)?;
         let deadline = plan.duration_max.and_then(|left| now.checked_add(left));
         let targets = vec![plan.target.clone()];
-        let upstream = UpstreamConfig { targets, options: plan.options(), read_only };
+        let tls = plan.tls.files.clone();
+        let upstream = UpstreamConfig { targets, options: plan.options(), tls, read_only };
         Some(ResumedRelay { upstream, deadline, id, plan })
     }
 
@@ -295,8 +351,14 @@ impl RelayNote {
             (None, None, Some(path)) => Remote::parse(path, None).ok()?,
             _ => return None,
         };
+        // A note about TLS that makes no sense must not become a relay without.
+        let tls = self.tls.as_ref().map(RelayTlsNote::parse);
+        let tls = tls.unwrap_or_else(|| Some(RelayTls::default()))?;
+        let target =
+            UpstreamTarget { remote, export: self.export.clone(), tls: tls.target.clone() };
         Some(RelayPlan {
-            target: UpstreamTarget { remote, export: self.export.clone() },
+            target,
+            tls,
             bind: self.bind,
             duration_max: self.seconds_left.map(Duration::from_secs),
             is_destination: false,
@@ -352,6 +414,13 @@ impl RelayNote {
             export: "disk".to_owned(),
             bind: Some(IpAddr::from([192, 0, 2, 1])),
             seconds_left: Some(60),
+            tls: Some(RelayTlsNote {
+                mode: "require".to_owned(),
+                hostname: Some("h".to_owned()),
+                cert: Some("/c".to_owned()),
+                key: Some("credential:k".to_owned()),
+                ca: None,
+            }),
         }
     }
 }
@@ -363,8 +432,9 @@ mod tests {
 
     fn plan(relay: RelayRequest, default: RelayDefault) -> Option<RelayPlan> {
         let (to, bind) = ("192.0.2.2:10809".parse().unwrap(), Some([192, 0, 2, 1].into()));
-        let (action, max_bps) = (ArrivalAction::Exit, None);
-        RelayPlan::of(&Mirror { to, action, bind, max_bps, no_record: false, relay }, default)
+        let (action, max_bps, tls) = (ArrivalAction::Exit, None, Box::default());
+        let command = Mirror { to, action, bind, max_bps, no_record: false, relay, tls };
+        RelayPlan::of(&command, default, RelayTls::default())
     }
 
     #[test]
@@ -416,6 +486,13 @@ mod tests {
         assert_eq!(resumed.upstream.targets[0].to_string(), "192.0.2.2:10809 (disk)");
         assert_eq!(resumed.upstream.options.bind, Some([192, 0, 2, 1].into()));
         assert!(resumed.upstream.read_only);
+        let tls = TlsTarget { mode: TlsMode::Require, hostname: Some("h".to_owned()) };
+        assert_eq!((&resumed.upstream.targets[0].tls, resumed.upstream.has_tls()), (&tls, true));
+        let key = resumed.upstream.tls.key.unwrap();
+        assert_eq!(key.to_string(), "credential:k");
+        let mut unclear = note.clone();
+        unclear.tls.as_mut().unwrap().mode = "perhaps".to_owned();
+        assert!(unclear.resumed(Id([7; 16]), true, now).is_none());
         for broken in [
             RelayNote { port: None, ..note.clone() },
             RelayNote { path: Some("/run/x".to_owned()), ..note.clone() },

@@ -17,6 +17,7 @@ use super::random;
 use super::reconnecting_clients::ReconnectingClients;
 use super::relaying::{self, RelayNote};
 use super::start_error::StartError;
+use super::tls::ProcessTls;
 use crate::disk::Disk;
 use crate::migration::arrival::{Admits, Arrival};
 use crate::migration::destination::Destination;
@@ -24,6 +25,7 @@ use crate::migration::wire::Token;
 use crate::server::WhenFull;
 use crate::server::export_policy::ExportPolicy;
 use crate::sync::lock;
+use crate::upstream::UpstreamOptions;
 use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
@@ -46,6 +48,7 @@ pub(super) struct Role {
 /// What a role is opened with, besides the configuration.
 pub(super) struct RoleInputs<'a> {
     pub(super) inherited: &'a Inherited,
+    pub(super) tls: &'a ProcessTls,
     /// Entered when the image is open.
     pub(super) confinement: &'a Confinement,
     /// The answer of another host about the image.
@@ -65,7 +68,7 @@ impl Role {
     ) -> Result<Option<Self>, StartError> {
         match &config.disk {
             DiskConfig::Image(image) => {
-                let query = inputs.inherited.startup_query(inputs.answer);
+                let query = inputs.inherited.startup_query(inputs.tls, inputs.answer);
                 match Claim::acquire(image, &query, inputs.confinement) {
                     Ok(claim) => Self::of_image(image, config.oldstyle, claim, inputs.events),
                     Err(error) if image.receiving.is_none() => {
@@ -191,6 +194,8 @@ impl Role {
     ) -> Result<Self, StartError> {
         let persistence =
             if inputs.session_count > 0 { Persistence::Until(None) } else { Persistence::Once };
+        let options = UpstreamOptions { tls: inputs.tls.upstream(), ..upstream.options.clone() };
+        let upstream = &UpstreamConfig { options, ..upstream.clone() };
         let (backend, handle) =
             proxying::connect(upstream, inputs.inherited, persistence, inputs.events)?;
         let read_only = upstream.read_only || handle.read_only();

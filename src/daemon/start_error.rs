@@ -8,6 +8,7 @@ use crate::disk::ownership::{Id, RemoteAddress};
 use crate::disk::record_store::RecordStoreError;
 use crate::message_id;
 use crate::net::BindError;
+use crate::net::tls::TlsError;
 use crate::sandbox::user::UserError;
 use crate::upstream::UpstreamError;
 use nix::sys::signal::Signal;
@@ -33,6 +34,9 @@ pub enum StartError {
     /// The ownership record forbids serving the image, or receiving into it.
     #[error("{}", .0.why)]
     Ownership(OwnershipDenial),
+    /// Certificates or keys cannot be used.
+    #[error("{0}")]
+    Tls(TlsError),
     /// No upstream can be had at any of the addresses. Another start may succeed.
     #[error("{0}")]
     Upstream(UpstreamError),
@@ -112,6 +116,7 @@ impl StartError {
             | Self::Record(_)
             | Self::Unrecorded(_)
             | Self::Ownership(_)
+            | Self::Tls(_)
             | Self::Upstream(_)
             | Self::NoAddress
             | Self::Inherited(_)

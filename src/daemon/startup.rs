@@ -1,4 +1,4 @@
-//! The start of a process, in one order: inherited, role, sockets, server, control, watchdog,
+//! The start of a process, in one order: inherited, certificates, role, sockets, server, control, watchdog,
 //! ready.
 //! Never handles an event.
 
@@ -18,6 +18,7 @@ use super::snapshot::{self, LeftSessions};
 use super::sockets::Sockets;
 use super::start_error::StartError;
 use super::status_reporter::{IdleStatus, StatusReporter};
+use super::tls::{ExpiryWatch, ProcessTls};
 use super::watchdog::{Watchdog, WatchedParts};
 use crate::control::{ControlSocket, Handle, Operator};
 use crate::disk::Disk;
@@ -124,9 +125,11 @@ impl Startup {
     /// arrived already.
     fn start(&mut self) -> Result<Option<Process>, StartError> {
         let sockets = self.plan_sockets()?;
+        let tls = ProcessTls::load(&self.config).map_err(StartError::Tls)?;
         let (sender, events) = mpsc::channel();
         let inputs = RoleInputs {
             inherited: &self.inherited,
+            tls: &tls,
             confinement: &self.confinement,
             answer: self.answer,
             session_count: self.left.sessions.streams.len(),
@@ -144,7 +147,7 @@ impl Startup {
             PlannedSockets::Inherited(inherited) => self.open_sockets(inherited)?,
         };
         let addresses = sockets.addresses();
-        let server = self.start_server(sockets.listeners, &role, &sender)?;
+        let server = self.start_server(sockets.listeners, &role, &tls, &sender)?;
         let Role { verb, name, disk, disk_role, .. } = role;
         let notifier = self.inherited.notifier.clone();
         let service = Arc::new(Service {
@@ -152,6 +155,7 @@ impl Startup {
             server: Mutex::new(server),
             reread: self.reread.take(),
             role: disk_role,
+            tls,
             waiters: MigrationWaiters::default(),
             commands: ActiveCommands::new(sender.clone()),
             notifier: notifier.clone(),
@@ -178,7 +182,8 @@ impl Startup {
             "{verb} {name} ({size} bytes) on {addresses}"
         );
         let store = FdStore::from_env(&notifier);
-        let idle = Idle::new(self.config.idle_exit, Instant::now());
+        let now = Instant::now();
+        let (idle, expiry) = (Idle::new(self.config.idle_exit, now), ExpiryWatch::new(now));
         let status = IdleStatus { verb, disk: name.clone(), size, addresses };
         let status = StatusReporter::new(notifier.clone(), status);
         let process = Process {
@@ -190,6 +195,7 @@ impl Startup {
             disk,
             name,
             idle,
+            expiry,
             status,
             watchdog,
         };
@@ -219,6 +225,7 @@ impl Startup {
         &mut self,
         listeners: Vec<Listener>,
         role: &Role,
+        tls: &ProcessTls,
         events: &Sender<ProcessEvent>,
     ) -> Result<Server, StartError> {
         let config = &self.config;
@@ -228,8 +235,9 @@ impl Startup {
             stall_limit: config.killswitch.then_some(STALL_LIMIT),
             ..SessionSettings::default()
         };
-        let Admission { acl, limits } = config.admission.clone();
+        let Admission { acl, limits, .. } = config.admission.clone();
         let server = ServerConfig {
+            tls: tls.server(),
             listeners,
             disk: Arc::clone(&role.disk),
             policy: Arc::clone(&role.policy),

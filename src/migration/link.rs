@@ -4,7 +4,7 @@
 use super::job::{DestinationInfo, DestinationRequest, RequestKind, Trouble};
 use super::plan::Caps;
 use super::wire::{Answer, COMMAND, DiskIdMessage, Handover, Question};
-use crate::client::{ClientError, shake_hands};
+use crate::client::{ClientError, ClientOutcome, shake_hands};
 use crate::disk::Copier;
 use crate::ids::DiskId;
 use crate::nbd::handshake::Agreement;
@@ -12,6 +12,7 @@ use crate::nbd::handshake::client::ClientOffer;
 use crate::nbd::reply::{Dialect, ReplyHeader};
 use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandKind, PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
+use crate::net::tls::ClientTls;
 use crate::net::{Address, Interest, Stream, Wake, connect};
 use crate::range::Range;
 use std::io;
@@ -35,6 +36,8 @@ pub struct Route {
     pub to: Address,
     /// The local address to connect from.
     pub bind: Option<IpAddr>,
+    /// TLS, and what the destination must prove with it; `None` for a plain connection.
+    pub tls: Option<ClientTls>,
 }
 
 impl Route {
@@ -49,7 +52,7 @@ impl Route {
     ) -> Result<T, Trouble> {
         let first = attempt(self);
         let (Err(Trouble::Connect(why)), Some(_)) = (&first, self.bind) else { return first };
-        match attempt(&Self { to: self.to.clone(), bind: None }) {
+        match attempt(&Self { bind: None, ..self.clone() }) {
             Err(Trouble::Connect(also)) => {
                 Err(Trouble::Connect(format!("{why}; from any local address: {also}")))
             }
@@ -101,9 +104,10 @@ impl Link {
         let private = question.map(|question| question.encode().to_vec());
         let private_more = disk_id.map(|id| DiskIdMessage(id).encode().to_vec());
         let offer = ClientOffer { private, private_more, ..ClientOffer::default() };
-        let (answer, agreed) = shake_hands(&stream, offer, HANDSHAKE_TIMEOUT);
-        match (agreed, decode_answer(answer)?) {
-            (Ok(agreement), answer) => {
+        let ClientOutcome { private_reply, agreed } =
+            shake_hands(stream, offer, route.tls.as_ref(), HANDSHAKE_TIMEOUT);
+        match (agreed, decode_answer(private_reply)?) {
+            (Ok((stream, agreement)), answer) => {
                 let info = destination_info(&agreement, answer);
                 Ok((Some(Self { stream, received: Vec::new(), unfinished: false }), info))
             }
@@ -118,8 +122,9 @@ impl Link {
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         let private = Some(question.encode().to_vec());
         let offer = ClientOffer { private, private_only: true, ..ClientOffer::default() };
-        let (answer, agreed) = shake_hands(&stream, offer, HANDSHAKE_TIMEOUT);
-        match (agreed, decode_answer(answer)?) {
+        let ClientOutcome { private_reply, agreed } =
+            shake_hands(stream, offer, route.tls.as_ref(), HANDSHAKE_TIMEOUT);
+        match (agreed, decode_answer(private_reply)?) {
             (Err(error), None) => Err(handshake_trouble(error)),
             (_, answer) => Ok(answer),
         }
@@ -242,8 +247,11 @@ impl RequestSender<'_> {
         if self.is_begun { SendError::Link(why) } else { SendError::Unsent(why) }
     }
 
-    /// Sends a range of the disk, with `sendfile(2)` where the image supports it.
+    /// Sends a range of the disk, with `sendfile(2)` where the image and the connection support it.
     fn send_data(&mut self, copier: &Copier<'_>, range: Range) -> Result<(), SendError> {
+        if !self.stream.sends_references() {
+            return self.read_and_send(copier, range);
+        }
         let mut rest = range;
         while !rest.is_empty() {
             // It fits: a request's payload has 32 bits.

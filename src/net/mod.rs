@@ -3,8 +3,10 @@
 //!
 //! * [`Address`] is an address to listen on or to connect to, [`Remote`] the same with a host name.
 //! * [`Listener`] accepts, [`connect()`] connects; either gives a [`Stream`].
+//! * A [`Stream`] can begin TLS ([`Stream::start_tls`]); its users send and receive as before.
 //! * [`resolve_within`] finds the addresses of a host, and [`connect_first`] connects to the first of several.
 //! * [`Peer`] is the address or process of the client.
+//! * [`tls`]: certificates, keys, and what is accepted from a peer.
 //! * [`Wake`] wakes a waiting thread from another one.
 //!
 //! Every descriptor created here is close-on-exec. Reads and writes never block (`MSG_DONTWAIT`),
@@ -17,6 +19,8 @@ mod listener;
 mod peer;
 mod resolve;
 mod stream;
+pub mod tls;
+mod transfer;
 mod user;
 mod wait;
 mod wake;

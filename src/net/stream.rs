@@ -1,15 +1,16 @@
 //! A TCP or unix connection that blocks only in methods with a time limit.
-//! Never interprets the bytes, and has no buffer.
+//! Never interprets the bytes, and has no buffer, except that of TLS.
 
+use super::tls::{HandshakeWait, TlsChannel, TlsFailure, TlsRole};
+use super::transfer::{receive_now, send_now, send_pieces_now, uninterrupted};
 use super::user::visible_user;
 use super::wait::{happened, poll_until};
 use super::{Peer, Wake};
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, SpliceFFlags, fcntl, splice};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, sockopt};
-use nix::sys::socket::{getsockname, getsockopt, recv, send, sendmsg, setsockopt};
+use nix::sys::socket::{getsockname, getsockopt, recv, setsockopt};
 use std::io::{self, IoSlice};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -30,9 +31,6 @@ pub const PEER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The limit of [`Stream::limit_unsent`] in bytes.
 const UNSENT_MAX: u32 = 64 << 10;
-
-/// Most slices of one call (`UIO_MAXIOV`).
-const SLICES_MAX: usize = 1024;
 
 /// The option behind [`Stream::limit_unsent`] (`TCP_NOTSENT_LOWAT`, tcp(7)).
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +61,16 @@ pub enum Stream {
     Tcp(TcpStream),
     /// Over a unix socket.
     Unix(UnixStream),
+    /// Encrypted, over one of the others.
+    Tls(Box<SecureStream>),
+}
+
+/// A connection with TLS.
+#[derive(Debug)]
+pub struct SecureStream {
+    /// The connection below.
+    plain: Stream,
+    channel: TlsChannel,
 }
 
 /// Events to wait for. With none, the connection is not polled, not even for its end.
@@ -107,13 +115,69 @@ impl Stream {
         fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         match family(&fd)? {
             Some(AddressFamily::Inet | AddressFamily::Inet6) => {
-                Ok(Self::over_tcp(TcpStream::from(fd)))
+                let plain = Self::over_tcp(TcpStream::from(fd));
+                Ok(match TlsChannel::inherited(plain.as_fd()) {
+                    Some(channel) => Self::Tls(Box::new(SecureStream { plain, channel })),
+                    None => plain,
+                })
             }
             Some(AddressFamily::Unix) => Ok(Self::Unix(UnixStream::from(fd))),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "the descriptor is neither a TCP nor a unix socket",
             )),
+        }
+    }
+
+    /// Begins TLS on a plain connection. All bytes received so far belong to the plain part. `wait` waits for
+    /// the connection.
+    ///
+    /// # Errors
+    /// The handshake, the connection or `wait` failed; the connection is closed.
+    pub fn start_tls(
+        self,
+        role: &TlsRole,
+        wait: &mut dyn FnMut(&Self, Interest) -> io::Result<()>,
+    ) -> Result<Self, TlsFailure> {
+        let mut wait = |event| {
+            let readable = event == HandshakeWait::Input;
+            wait(&self, Interest { readable, writable: !readable })
+        };
+        let channel = TlsChannel::open(self.as_fd(), role, &mut wait)?;
+        Ok(Self::Tls(Box::new(SecureStream { plain: self, channel })))
+    }
+
+    /// Whether the connection is encrypted.
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+
+    /// Whether another process can continue the connection from its descriptor: the state of an encrypted one may
+    /// be in this process.
+    #[must_use]
+    pub fn is_transferable(&self) -> bool {
+        !matches!(self, Self::Tls(secure) if !secure.channel.is_by_kernel())
+    }
+
+    /// Whether data can be sent by reference ([`Stream::try_send_from`]).
+    #[must_use]
+    pub fn sends_references(&self) -> bool {
+        self.is_transferable()
+    }
+
+    /// Tells the peer of an encrypted connection that nothing follows. Otherwise it cannot distinguish the end from
+    /// an attack; without TLS it need not. Does not wait for room.
+    pub fn announce_end(&self) {
+        if let Self::Tls(secure) = self {
+            secure.channel.close(self.as_fd());
+        }
+    }
+
+    /// Frees the buffers of an encrypted connection that are empty.
+    pub fn shrink(&self) {
+        if let Self::Tls(secure) = self {
+            secure.channel.shrink();
         }
     }
 
@@ -125,6 +189,7 @@ impl Stream {
         match self {
             Self::Tcp(stream) => Ok(stream.peer_addr()?.into()),
             Self::Unix(stream) => Ok(unix_peer(stream)),
+            Self::Tls(secure) => secure.plain.peer(),
         }
     }
 
@@ -133,7 +198,7 @@ impl Stream {
     /// # Errors
     /// None for a connected socket.
     pub fn tune(&self) -> io::Result<()> {
-        let Self::Tcp(stream) = self else { return Ok(()) };
+        let Self::Tcp(stream) = self.plain() else { return Ok(()) };
         stream.set_nodelay(true)?;
         setsockopt(stream, sockopt::KeepAlive, &true)?;
         setsockopt(stream, sockopt::TcpKeepIdle, &whole_seconds(KEEPALIVE_IDLE))?;
@@ -149,13 +214,13 @@ impl Stream {
     /// # Errors
     /// None for a connected socket.
     pub fn limit_unsent(&self) -> io::Result<()> {
-        let Self::Tcp(stream) = self else { return Ok(()) };
+        let Self::Tcp(stream) = self.plain() else { return Ok(()) };
         setsockopt(stream, UnsentMax, &UNSENT_MAX)?;
         Ok(())
     }
 
     /// Makes the stream readable only with this many bytes, or at its end (`SO_RCVLOWAT`). False on a
-    /// unix socket, where poll(2) ignores the option.
+    /// unix socket, where poll(2) ignores the option, and with TLS, whose records have other lengths.
     pub fn set_receive_low_water(&self, bytes: i32) -> bool {
         matches!(self, Self::Tcp(stream) if setsockopt(stream, ReadableFrom, &bytes).is_ok())
     }
@@ -168,6 +233,11 @@ impl Stream {
         Ok(match self {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+            Self::Tls(secure) => {
+                let SecureStream { plain, channel } = *secure;
+                let plain = plain.with_lowest_descriptor()?;
+                Self::Tls(Box::new(SecureStream { plain, channel }))
+            }
         })
     }
 
@@ -189,6 +259,7 @@ impl Stream {
         match self {
             Self::Tcp(stream) => stream.set_nonblocking(true),
             Self::Unix(stream) => stream.set_nonblocking(true),
+            Self::Tls(secure) => secure.plain.set_nonblocking(),
         }
     }
 
@@ -198,7 +269,7 @@ impl Stream {
     /// # Errors
     /// None for a connected socket.
     pub fn reset_on_close(&self) -> io::Result<()> {
-        let Self::Tcp(stream) = self else { return Ok(()) };
+        let Self::Tcp(stream) = self.plain() else { return Ok(()) };
         setsockopt(stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
         Ok(())
     }
@@ -210,7 +281,7 @@ impl Stream {
     /// # Errors
     /// When the connection has already ended.
     pub fn abort(&self) -> io::Result<()> {
-        let Self::Tcp(stream) = self else { return self.shutdown_both() };
+        let Self::Tcp(stream) = self.plain() else { return self.shutdown_both() };
         let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
         let length = size_of_val(&nowhere) as libc::socklen_t;
         // SAFETY: the kernel reads `length` bytes of the address, which outlives the call.
@@ -224,26 +295,35 @@ impl Stream {
     /// # Errors
     /// `WouldBlock` when nothing has arrived; otherwise the connection is broken.
     pub fn try_recv(&self, into: &mut [u8]) -> io::Result<usize> {
-        let fd = self.as_fd().as_raw_fd();
-        uninterrupted(|| recv(fd, into, MsgFlags::MSG_DONTWAIT))
+        match self {
+            Self::Tls(secure) => secure.channel.try_recv(self.as_fd(), into),
+            Self::Tcp(_) | Self::Unix(_) => receive_now(self.as_fd(), into),
+        }
     }
 
     /// Sends as much of `data` as the socket buffer takes. `more` tells the kernel that the rest of the
-    /// message follows at once, so that it need not send a small packet (`MSG_MORE`).
+    /// message follows at once, so that it need not send a small packet (`MSG_MORE`). After `WouldBlock` the next
+    /// call has to begin with the same bytes: with TLS a part of them may be encrypted and sent already.
     ///
     /// # Errors
     /// `WouldBlock` when there is no room; otherwise the connection is broken.
     pub fn try_send(&self, data: &[u8], more: bool) -> io::Result<usize> {
-        let fd = self.as_fd().as_raw_fd();
-        uninterrupted(|| send(fd, data, send_flags(more)))
+        match self {
+            Self::Tls(secure) => secure.channel.try_send(self.as_fd(), &[IoSlice::new(data)], more),
+            Self::Tcp(_) | Self::Unix(_) => send_now(self.as_fd(), data, more),
+        }
     }
 
     /// Sends as much of the next `length` bytes of a pipe as the socket buffer takes, without a copy.
     /// Only after [`Stream::set_nonblocking`].
     ///
     /// # Errors
-    /// `WouldBlock` when there is no room; otherwise the connection is broken.
+    /// `WouldBlock` when there is no room; `Unsupported` unless [`Stream::sends_references`]; otherwise the
+    /// connection is broken.
     pub fn try_send_from(&self, pipe: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
+        if !self.sends_references() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
         uninterrupted(|| splice(pipe, None, self.as_fd(), None, length, flags))
     }
@@ -253,9 +333,10 @@ impl Stream {
     /// # Errors
     /// As [`Stream::try_send`].
     pub fn try_send_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        let fd = self.as_fd().as_raw_fd();
-        let pieces = &pieces[..pieces.len().min(SLICES_MAX)];
-        uninterrupted(|| sendmsg::<()>(fd, pieces, &[], send_flags(false), None))
+        match self {
+            Self::Tls(secure) => secure.channel.try_send(self.as_fd(), pieces, false),
+            Self::Tcp(_) | Self::Unix(_) => send_pieces_now(self.as_fd(), pieces),
+        }
     }
 
     /// Waits for an event of interest, for `wake`, or until `deadline` (none: for ever). A deadline in
@@ -277,6 +358,21 @@ impl Stream {
     /// # Errors
     /// When `poll(2)` fails for lack of memory.
     pub fn wait_also(
+        &self,
+        interest: Interest,
+        wake: Option<&Wake>,
+        also: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Ready> {
+        if interest.readable && self.has_received() {
+            // Without a wait, but with the other events.
+            let ready = self.poll_for(interest, wake, also, Some(Instant::now()))?;
+            return Ok(Ready { readable: true, timed_out: false, ..ready });
+        }
+        self.poll_for(interest, wake, also, deadline)
+    }
+
+    fn poll_for(
         &self,
         interest: Interest,
         wake: Option<&Wake>,
@@ -371,13 +467,28 @@ impl Stream {
     /// # Errors
     /// `NotConnected` when the connection has already ended.
     pub fn shutdown_write(&self) -> io::Result<()> {
+        self.announce_end();
         self.shutdown(Shutdown::Write)
+    }
+
+    /// The connection below TLS.
+    fn plain(&self) -> &Self {
+        match self {
+            Self::Tls(secure) => &secure.plain,
+            Self::Tcp(_) | Self::Unix(_) => self,
+        }
+    }
+
+    /// Whether bytes can be received although the socket may not be readable.
+    fn has_received(&self) -> bool {
+        matches!(self, Self::Tls(secure) if secure.channel.has_received())
     }
 
     fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.shutdown(how),
             Self::Unix(stream) => stream.shutdown(how),
+            Self::Tls(secure) => secure.plain.shutdown(how),
         }
     }
 
@@ -396,6 +507,7 @@ impl AsFd for Stream {
         match self {
             Self::Tcp(stream) => stream.as_fd(),
             Self::Unix(stream) => stream.as_fd(),
+            Self::Tls(secure) => secure.plain.as_fd(),
         }
     }
 }
@@ -447,21 +559,6 @@ fn ready(interest: Interest, flags: PollFlags) -> Ready {
     }
 }
 
-fn send_flags(more: bool) -> MsgFlags {
-    let more = if more { MsgFlags::from_bits_retain(libc::MSG_MORE) } else { MsgFlags::empty() };
-    MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL | more
-}
-
-/// Repeats a system call that a signal interrupted.
-fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
-    loop {
-        match call() {
-            Err(Errno::EINTR) => {}
-            outcome => return Ok(outcome?),
-        }
-    }
-}
-
 fn ended() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")
 }
@@ -478,3 +575,5 @@ fn whole_seconds(duration: Duration) -> u32 {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;

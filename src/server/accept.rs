@@ -4,7 +4,7 @@
 
 use super::end::SessionEnd;
 use super::rejections::RejectReason;
-use super::session::Session;
+use super::session::{EndedSession, Session};
 use super::sessions::{AcceptReadiness, AdmissionError, Registration, SuspendedSession};
 use super::settings::Style;
 use super::shared::ServerShared;
@@ -378,7 +378,6 @@ fn run_session(
     let _entered = registration.span.clone().entered();
     let id = registration.id;
     let session = Session {
-        stream,
         peer,
         registration,
         disk: &shared.disk,
@@ -386,9 +385,10 @@ fn run_session(
         payloads: &shared.payloads,
         export: shared.export.clone(),
         settings: shared.settings,
+        tls: shared.tls(),
         cpus: shared.cpus,
     };
-    let (end, mut snapshot) = session.run(snapshot);
+    let EndedSession { end, stream, mut snapshot } = session.run(stream, snapshot);
     if let Some(snapshot) = &mut snapshot {
         snapshot.introduction = shared.policy.introduction(id).map(|saved| saved.encode());
     }
@@ -402,9 +402,9 @@ fn run_session(
         let end = session.registration.kept_out().map_or(end, SessionEnd::Full);
         shared.rejections.log_handshake_end(&session.peer, &end);
     }
-    if let Some(snapshot) = snapshot {
-        let Session { stream, registration, .. } = session;
-        registration.suspend(SuspendedSession { snapshot, stream });
+    if let (Some(snapshot), Some(stream)) = (snapshot, stream) {
+        let snapshot = *snapshot;
+        session.registration.suspend(SuspendedSession { snapshot, stream });
     }
 }
 

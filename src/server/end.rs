@@ -4,6 +4,7 @@
 use super::client_limits::LimitReached;
 use super::stop_request::StopRequest;
 use crate::nbd::handshake::server::ProtocolViolation;
+use crate::net::tls::TlsFailure;
 use std::io;
 use thiserror::Error;
 
@@ -40,6 +41,9 @@ pub(super) enum SessionEnd {
     Stalled,
     #[error("{}", describe(.0))]
     Connection(io::Error),
+    /// TLS could not begin.
+    #[error(transparent)]
+    Tls(TlsFailure),
     /// The disk failed after the header of a simple reply was sent, which announced success.
     #[error("the disk failed in the middle of a reply that could not be taken back: {0}")]
     ReplyIncomplete(io::Error),

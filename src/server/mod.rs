@@ -36,6 +36,8 @@ mod stop_request;
 mod test_support;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;
 pub mod write_throttle;
 
 pub use client_limits::{ClientLimits, SESSIONS_LOGGED_MAX};

@@ -19,10 +19,12 @@ use crate::disk::Disk;
 use crate::human::counted;
 use crate::message_id;
 use crate::nbd::wire::TransmissionFlags;
+use crate::net::tls::ServerTls;
 use crate::net::{Listener, Stream};
+use crate::sync::write;
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
@@ -59,6 +61,8 @@ pub struct ServerConfig<'a> {
     pub when_full: WhenFull,
     /// Settings of every session.
     pub settings: SessionSettings,
+    /// Certificate and demands for TLS.
+    pub tls: Option<Arc<ServerTls>>,
     /// Sessions of the previous process, to be restored.
     pub stored: StoredSessions,
     /// Why no other clients are admitted, if none are.
@@ -81,6 +85,7 @@ impl ServerConfig<'static> {
             payload_memory: 1 << 30,
             when_full: WhenFull::Refuse,
             settings: SessionSettings::default(),
+            tls: None,
             stored: StoredSessions::default(),
             turned_away: None,
             events: Arc::new(super::events::IgnoreEvents),
@@ -111,6 +116,7 @@ impl Server {
             payload_memory,
             when_full,
             settings,
+            tls,
             stored,
             turned_away,
             events,
@@ -129,6 +135,7 @@ impl Server {
         }
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         let (payloads, rejections) = (PayloadMemory::new(payload_memory), Rejections::default());
+        let tls = RwLock::new(tls);
         let shared = Arc::new(ServerShared {
             disk,
             export,
@@ -137,6 +144,7 @@ impl Server {
             sessions,
             payloads,
             rejections,
+            tls,
             cpus,
         });
         // Before the acceptor starts: the ids of new sessions must be greater than the restored ones.
@@ -184,6 +192,11 @@ impl Server {
     pub fn set_admission(&self, acl: Acl, limits: ClientLimits) {
         self.shared.sessions.set_admission(acl, limits);
         self.shared.disk.gate().nudge();
+    }
+
+    /// Replaces certificate and demands for TLS, for sessions that begin from now on.
+    pub fn set_tls(&self, tls: Option<Arc<ServerTls>>) {
+        *write(&self.shared.tls) = tls;
     }
 
     /// The transmission flags and the smallest block, in bytes, that clients were offered.

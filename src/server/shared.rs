@@ -10,7 +10,9 @@ use crate::disk::{Disk, FeatureFlags};
 use crate::nbd::handshake::BlockSizes;
 use crate::nbd::handshake::server::Export;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
-use std::sync::Arc;
+use crate::net::tls::ServerTls;
+use crate::sync::read;
+use std::sync::{Arc, RwLock};
 
 /// The shared state of a server.
 #[derive(Debug)]
@@ -22,11 +24,18 @@ pub(super) struct ServerShared {
     pub(super) sessions: Arc<Sessions>,
     pub(super) payloads: Arc<PayloadMemory>,
     pub(super) rejections: Rejections,
+    /// For sessions that begin.
+    pub(super) tls: RwLock<Option<Arc<ServerTls>>>,
     /// How many threads can run at once.
     pub(super) cpus: usize,
 }
 
 impl ServerShared {
+    /// What a session that begins does about TLS.
+    pub(super) fn tls(&self) -> Option<Arc<ServerTls>> {
+        read(&self.tls).clone()
+    }
+
     /// The fingerprint that a snapshot of this server's sessions carries.
     pub(super) fn fingerprint(&self) -> ExportFingerprint {
         ExportFingerprint::of(&self.export, self.settings.style, self.disk.identity())

@@ -66,7 +66,7 @@ impl Fixture {
     }
 
     fn client(&self) -> Connection {
-        Connection::open(self.stream(), "", TIMEOUT).unwrap()
+        Connection::open(self.stream(), "", None, TIMEOUT).unwrap()
     }
 
     fn raw(&self) -> TcpStream {

@@ -117,6 +117,10 @@ fn introduce(
     options: &UpstreamOptions,
     (generation, timeout): (u64, Duration),
 ) -> Result<(ServerTerms, Stream), TargetError> {
+    let tls = match &options.tls {
+        Some(slot) => slot.get().for_remote(&target.tls, &target.remote)?,
+        None => None,
+    };
     // Setting an option fails only on a broken connection, which the handshake detects.
     let _ = stream.tune();
     let offer = ClientOffer {
@@ -127,7 +131,8 @@ fn introduce(
         private: options.client.map(|client| Introduction { client, generation }.encode()),
         ..ClientOffer::default()
     };
-    let (reply, agreed) = shake_hands(&stream, offer, timeout);
-    let disk_id = reply.as_deref().and_then(Introduction::disk_id_in);
-    Ok((ServerTerms::of(&agreed?, disk_id), stream))
+    let outcome = shake_hands(stream, offer, tls.as_ref(), timeout);
+    let disk_id = outcome.private_reply.as_deref().and_then(Introduction::disk_id_in);
+    let (stream, agreement) = outcome.agreed?;
+    Ok((ServerTerms::of(&agreement, disk_id), stream))
 }

@@ -4,6 +4,7 @@
 use crate::client::ClientError;
 use crate::ids::DiskId;
 use crate::net::Remote;
+use crate::net::tls::{TlsClientSlot, TlsError, TlsTarget};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
@@ -24,6 +25,8 @@ pub struct UpstreamTarget {
     pub remote: Remote,
     /// Name of the export there; empty for the default export.
     pub export: String,
+    /// Whether to connect with TLS, and the name of the server.
+    pub tls: TlsTarget,
 }
 
 impl fmt::Display for UpstreamTarget {
@@ -49,6 +52,8 @@ pub struct UpstreamOptions {
     pub connections: usize,
     /// Longest read-ahead of sequential reads, in bytes.
     pub read_ahead: Option<u64>,
+    /// The TLS of the connections; present if a target needs it.
+    pub tls: Option<TlsClientSlot>,
 }
 
 impl Default for UpstreamOptions {
@@ -60,6 +65,7 @@ impl Default for UpstreamOptions {
             unflushed_bytes_max: UNFLUSHED_BYTES_DEFAULT,
             connections: CONNECTIONS_DEFAULT,
             read_ahead: None,
+            tls: None,
         }
     }
 }
@@ -108,6 +114,9 @@ pub trait UpstreamEvents: Send + Sync + fmt::Debug {
 /// Why a target did not give us the disk.
 #[derive(Debug, Error)]
 pub(super) enum TargetError {
+    /// Its name cannot be in a certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Not reachable.
     #[error("{0}")]
     Connect(io::Error),

@@ -11,6 +11,7 @@ use crate::nbd::handshake::{Agreement, BlockSizes};
 use crate::nbd::reply::{Dialect, ReplyTo};
 use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, TransmissionFlags};
+use crate::net::tls::TlsTarget;
 use crate::net::{Address, Remote, Wake, wait_readable};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener};
@@ -122,7 +123,11 @@ impl SmallServer {
     }
 
     fn target(&self) -> UpstreamTarget {
-        UpstreamTarget { remote: Remote::Unix(self.path.clone()), export: String::new() }
+        UpstreamTarget {
+            remote: Remote::Unix(self.path.clone()),
+            export: String::new(),
+            tls: TlsTarget::default(),
+        }
     }
 }
 
@@ -402,14 +407,17 @@ fn a_lost_connection_is_reset_although_a_session_waits_for_it() {
 fn tcp_target(listener: &TcpListener) -> UpstreamTarget {
     let address = listener.local_addr().unwrap();
     let remote = Remote::Host { host: address.ip().to_string(), port: address.port() };
-    UpstreamTarget { remote, export: String::new() }
+    UpstreamTarget { remote, export: String::new(), tls: TlsTarget::default() }
 }
 
 #[test]
 fn no_server_at_the_start_is_an_error_that_names_each_target() {
     let dir = dir();
-    let missing =
-        UpstreamTarget { remote: Remote::Unix(dir.path().join("no")), export: "x".into() };
+    let missing = UpstreamTarget {
+        remote: Remote::Unix(dir.path().join("no")),
+        export: "x".into(),
+        tls: TlsTarget::default(),
+    };
     let error = Upstream::try_connect(vec![missing], DEADLINE).unwrap_err().to_string();
     assert!(error.contains("/no (x): ") && error.contains("No such file"), "{error}");
 }

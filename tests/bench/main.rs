@@ -220,8 +220,17 @@ fn every_installed_server_serves_the_image_and_stops() {
     // Not in memory, which some kernels cannot access directly.
     let image = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    let names =
-        ["flexnbd", "flexnbd-direct", "nbdkit", "qemu-nbd", "qemu-nbd-direct", "nbd-server"];
+    let names = [
+        "flexnbd",
+        "flexnbd-direct",
+        "flexnbd-tls",
+        "nbdkit",
+        "nbdkit-tls",
+        "qemu-nbd",
+        "qemu-nbd-direct",
+        "qemu-nbd-tls",
+        "nbd-server",
+    ];
     let names = names.map(str::to_owned);
     for server in servers(&names, &[]).unwrap() {
         for transport in [Transport::Tcp, Transport::Unix] {
@@ -249,7 +258,7 @@ fn minimal_servers_send_the_image_and_discard_writes() {
         let words = words.into_iter().chain([socket.as_os_str(), OsStr::new("--file")]);
         let words = words.chain([image.path().as_os_str()]).map(OsStr::to_owned).collect();
         std::thread::spawn(move || run_bench("peers", words).unwrap());
-        let export = nbd::Export { address: Address::Unix(socket), name: "" };
+        let export = nbd::Export { address: Address::Unix(socket), name: "", tls: None };
         assert!(harness::poll_until(process::PATIENCE, || export.connect().is_ok()));
         let mut connection = export.open().unwrap();
         connection.write(0, &[9; 300_000]).unwrap();

@@ -7,6 +7,7 @@ use flexnbd::nbd::handshake::client::ClientOffer;
 use flexnbd::nbd::reply::{Dialect, ReplyHeader};
 use flexnbd::nbd::request::RequestHeader;
 use flexnbd::nbd::wire::{CommandKind, ErrorCode};
+use flexnbd::net::tls::ClientTls;
 use flexnbd::net::{Address, Stream, connect};
 
 /// Length of a simple reply without data, in bytes.
@@ -17,26 +18,31 @@ pub(crate) const REPLY_LENGTH: usize = 16;
 pub(crate) struct Export {
     pub(crate) address: Address,
     pub(crate) name: &'static str,
+    /// The TLS of clients; `None` for none.
+    pub(crate) tls: Option<ClientTls>,
 }
 
 impl Export {
     pub(crate) fn uri(&self) -> String {
+        let scheme = if self.tls.is_some() { "nbds" } else { "nbd" };
         match &self.address {
-            Address::Tcp(address) => format!("nbd://{address}/{}", self.name),
-            Address::Unix(path) => format!("nbd+unix:///{}?socket={}", self.name, path.display()),
+            Address::Tcp(address) => format!("{scheme}://{address}/{}", self.name),
+            Address::Unix(path) => {
+                format!("{scheme}+unix:///{}?socket={}", self.name, path.display())
+            }
         }
     }
 
     /// A connection for one request at a time.
     pub(crate) fn open(&self) -> Result<Connection, Error> {
-        Ok(Connection::open(self.connect()?, self.name, PATIENCE)?)
+        Ok(Connection::open(self.connect()?, self.name, self.tls.as_ref(), PATIENCE)?)
     }
 
     /// A stream for many requests in flight, and the size of the export in bytes.
     pub(crate) fn open_stream(&self) -> Result<(Stream, u64), Error> {
         let stream = self.connect()?;
         let offer = ClientOffer { export: self.name.to_owned(), ..ClientOffer::default() };
-        let agreement = shake_hands(&stream, offer, PATIENCE).1?;
+        let (stream, agreement) = shake_hands(stream, offer, self.tls.as_ref(), PATIENCE).agreed?;
         Ok((stream, agreement.size))
     }
 

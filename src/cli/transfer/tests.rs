@@ -34,7 +34,8 @@ fn serve(style: Style) -> Fixture {
 impl Fixture {
     fn transfer(&self, from: u64, size: u64) -> Transfer {
         let (remote, export) = (self.remote.clone(), String::new());
-        Transfer { remote, export, from, size, bind: None }
+        let (tls, tls_files) = (TlsTarget::default(), TlsFiles::default());
+        Transfer { remote, export, from, size, bind: None, tls, tls_files }
     }
 
     fn stop(mut self) {
@@ -179,7 +180,9 @@ fn an_unreachable_server_is_named_once() {
     let Address::Tcp(address) = unused.local_address().unwrap() else { panic!("not TCP") };
     drop(unused);
     let remote = Remote::Host { host: "127.0.0.1".to_owned(), port: address.port() };
-    let transfer = Transfer { remote, export: String::new(), from: 0, size: 1, bind: None };
+    let (tls, tls_files) = (TlsTarget::default(), TlsFiles::default());
+    let export = String::new();
+    let transfer = Transfer { remote, export, from: 0, size: 1, bind: None, tls, tls_files };
     let text = error_text(&transfer, transfer.read(&mut Vec::new()));
     assert!(text.starts_with(&format!("cannot connect to {address}: ")), "{text}");
     assert_eq!(text.matches("cannot connect").count(), 1, "{text}");

@@ -2,12 +2,15 @@
 
 use super::CommandError;
 use crate::net::Remote;
+use crate::net::tls::{TlsMode, TlsTarget};
 
 const RELAY: &str = "relay";
 const NO_RELAY: &str = "no-relay";
 const SECONDS: &str = "relay-for=";
 const ADDRESS: &str = "relay-to=";
 const EXPORT: &str = "relay-export=";
+const TLS: &str = "relay-tls=";
+const HOSTNAME: &str = "relay-tls-hostname=";
 /// Longest time to relay, in seconds: a year, so that a deadline can be represented.
 pub const RELAY_SECONDS_MAX: u64 = 365 * 24 * 3600;
 
@@ -32,6 +35,8 @@ pub struct RelayOptions {
     pub to: Option<Remote>,
     /// The name of the export there; empty for the default.
     pub export: String,
+    /// Whether to connect to that address with TLS, and the name of the server.
+    pub tls: TlsTarget,
 }
 
 impl RelayRequest {
@@ -40,11 +45,13 @@ impl RelayRequest {
         match self {
             Self::AsConfigured => Vec::new(),
             Self::No => vec![NO_RELAY.to_owned()],
-            Self::Yes(RelayOptions { seconds_max, to, export }) => {
+            Self::Yes(RelayOptions { seconds_max, to, export, tls }) => {
                 let mut words = vec![RELAY.to_owned()];
                 words.extend(seconds_max.map(|seconds| format!("{SECONDS}{seconds}")));
                 words.extend(to.as_ref().map(|to| format!("{ADDRESS}{to}")));
                 words.extend((!export.is_empty()).then(|| format!("{EXPORT}{export}")));
+                words.extend((tls.mode != TlsMode::Off).then(|| format!("{TLS}{}", tls.mode)));
+                words.extend(tls.hostname.as_ref().map(|name| format!("{HOSTNAME}{name}")));
                 words
             }
         }
@@ -78,6 +85,14 @@ impl RelayOptions {
             self.to = Some(remote(address).ok_or(CommandError::BadRelayAddress)?);
         } else if let Some(export) = word.strip_prefix(EXPORT).filter(|_| self.export.is_empty()) {
             export.clone_into(&mut self.export);
+        } else if let Some(mode) = word.strip_prefix(TLS).filter(|_| self.tls.mode == TlsMode::Off)
+        {
+            self.tls.mode = mode.parse().map_err(|_| CommandError::BadTls)?;
+        } else if let Some(name) = word
+            .strip_prefix(HOSTNAME)
+            .filter(|name| !name.is_empty() && self.tls.hostname.is_none())
+        {
+            self.tls.hostname = Some(name.to_owned());
         } else {
             return Err(bad);
         }
@@ -107,7 +122,9 @@ mod tests {
     fn words_of_a_request_parse_back() {
         let remotes = ["host.example:7", "[::1]:7", "/run/a b.sock"].map(remote);
         for to in remotes.into_iter().chain([None]) {
-            let options = RelayOptions { seconds_max: Some(9), to, export: "a=b".to_owned() };
+            let tls = TlsTarget { mode: TlsMode::Require, hostname: Some("h".to_owned()) };
+            let export = "a=b".to_owned();
+            let options = RelayOptions { seconds_max: Some(9), to, export, tls };
             for request in [
                 RelayRequest::AsConfigured,
                 RelayRequest::No,

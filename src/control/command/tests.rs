@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::net::Remote;
+use crate::net::tls::{TlsFile, TlsFiles, TlsMode, TlsTarget};
 use proptest::prelude::*;
 
 fn parse(wire: &[u8]) -> Result<Option<Command>, CommandError> {
@@ -84,7 +85,7 @@ fn each_wrong_argument_has_its_own_error() {
         (b"mirror\n10.0.0.1\n1\nexit\n::1\nfast\n\n", CommandError::MaxBpsNotANumber),
         (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", CommandError::BadMirrorWord),
         (
-            b"mirror\n10.0.0.1\n1\nexit\n::1\n1\n2\n3\n4\n5\n6\n7\n\n",
+            b"mirror\n10.0.0.1\n1\nexit\n::1\n1\n6\n7\n8\n9\n10\n11\n12\n13\n14\n15\n16\n17\n18\n\n",
             CommandError::TooManyMirrorArguments,
         ),
         (b"mirror_max_bps\n\n", CommandError::MaxBpsMissing),
@@ -178,29 +179,46 @@ fn any_ip() -> impl Strategy<Value = IpAddr> {
 fn any_relay() -> impl Strategy<Value = RelayRequest> {
     let seconds = proptest::option::of(1..=RELAY_SECONDS_MAX);
     let to = proptest::option::of("[a-z]{1,9}".prop_map(|host| Remote::Host { host, port: 7 }));
-    let options = (seconds, to, "[a-z =]{0,9}");
+    let mode = proptest::sample::select(vec![TlsMode::Off, TlsMode::On, TlsMode::Require]);
+    let tls = (mode, proptest::option::of("[a-z]{1,9}"))
+        .prop_map(|(mode, hostname)| TlsTarget { mode, hostname });
+    let options = (seconds, to, "[a-z =]{0,9}", tls);
     prop_oneof![
         Just(RelayRequest::AsConfigured),
         Just(RelayRequest::No),
-        options.prop_map(|(seconds_max, to, export)| {
-            RelayRequest::Yes(RelayOptions { seconds_max, to, export })
+        options.prop_map(|(seconds_max, to, export, tls)| {
+            RelayRequest::Yes(RelayOptions { seconds_max, to, export, tls })
         }),
     ]
+}
+
+fn any_tls() -> impl Strategy<Value = MirrorTls> {
+    let mode = proptest::option::of(proptest::sample::select(vec![TlsMode::Off, TlsMode::On]));
+    let ca = proptest::option::of("/[a-z=]{1,9}".prop_map(|path| TlsFile::Path(path.into())));
+    (mode, ca, proptest::option::of("[a-z]{1,9}")).prop_map(|(mode, ca, hostname)| MirrorTls {
+        mode,
+        files: TlsFiles { ca, ..TlsFiles::default() },
+        hostname,
+    })
 }
 
 fn any_mirror() -> impl Strategy<Value = Mirror> {
     let bind = any_ip().prop_filter("unspecified means none", |ip| !ip.is_unspecified());
     let action = proptest::sample::select(&ArrivalAction::ALL[..]);
-    let limit = (any::<Option<u64>>(), any::<bool>(), any_relay());
+    let limit = (any::<Option<u64>>(), any::<bool>(), any_relay(), any_tls());
     (any_ip(), 1u16.., action, proptest::option::of(bind), limit).prop_map(
-        |(ip, port, action, bind, (max_bps, no_record, relay))| Mirror {
-            to: SocketAddr::new(ip, port),
-            action,
-            bind,
-            max_bps: max_bps
-                .filter(|limit| *limit > 0 || !no_record && relay == RelayRequest::AsConfigured),
-            no_record,
-            relay,
+        |(ip, port, action, bind, (max_bps, no_record, relay, tls))| {
+            let has_words =
+                no_record || relay != RelayRequest::AsConfigured || tls != MirrorTls::default();
+            Mirror {
+                to: SocketAddr::new(ip, port),
+                action,
+                bind,
+                max_bps: max_bps.filter(|limit| *limit > 0 || !has_words),
+                no_record,
+                relay,
+                tls: Box::new(tls),
+            }
         },
     )
 }

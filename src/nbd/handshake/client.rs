@@ -12,6 +12,18 @@ use super::option::{InfoRequest, MetaContextRequest, OptionReply, encode_option}
 use super::{Agreement, BlockSizes, Greeting, encode_client_flags};
 use thiserror::Error;
 
+/// Whether a client begins TLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TlsWish {
+    /// It does not.
+    #[default]
+    No,
+    /// If the server supports it. An attacker between the two can prevent it.
+    IfSupported,
+    /// It does, or the handshake fails.
+    Required,
+}
+
 /// The features that a client requests. Only the export is mandatory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientOffer {
@@ -30,6 +42,8 @@ pub struct ClientOffer {
     pub private_more: Option<Vec<u8>>,
     /// Nothing else: after the reply the handshake ends with [`HandshakeFailure::Aborted`].
     pub private_only: bool,
+    /// TLS, before everything else.
+    pub tls: TlsWish,
 }
 
 /// The reason why a handshake does not reach the transmission phase.
@@ -50,6 +64,9 @@ pub enum HandshakeFailure {
     /// The server replied to the private option, and the offer requests nothing else.
     #[error("the handshake was aborted")]
     Aborted,
+    /// The client requires TLS, and the server has none; with the server's message, if any.
+    #[error("the server does not support TLS, which is required{}", in_parentheses(.0))]
+    NoTls(String),
     /// The server refused the export.
     #[error("{}{}", reason(*.number), in_parentheses(.message))]
     Refused {
@@ -69,7 +86,7 @@ fn reason(number: u32) -> &'static str {
     match OptionReplyKind::try_from(number) {
         Ok(OptionReplyKind::ErrUnknown) => "the server has no export of that name",
         Ok(OptionReplyKind::ErrPolicy) => "the server does not permit it",
-        Ok(OptionReplyKind::ErrTlsRequired) => "the server requires TLS",
+        Ok(OptionReplyKind::ErrTlsRequired) => "the server requires TLS (see --tls)",
         Ok(OptionReplyKind::ErrShutdown) => "the server is shutting down",
         _ => "the server refused the export",
     }
@@ -94,12 +111,17 @@ pub enum ClientStep {
     NeedInput,
     /// The handshake is complete: the client may send requests.
     Transmission(Agreement),
+    /// The server agrees to TLS. Send the pending bytes, begin TLS, and continue with
+    /// [`ClientHandshake::on_tls_started`]. No input of the plain connection must be used.
+    StartTls,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ClientState {
     /// Waits for the greeting.
     Greeting,
+    /// Waits for the reply to `NBD_OPT_STARTTLS`.
+    StartTls,
     /// Waits for replies to the private option.
     Private,
     /// Waits for replies to the second private option.
@@ -161,6 +183,7 @@ impl ClientHandshake {
         loop {
             let (step, next) = match self.state {
                 ClientState::Greeting => self.greeting(&input[used..], out)?,
+                ClientState::StartTls => self.start_tls_reply(&input[used..], out)?,
                 ClientState::Private | ClientState::PrivateMore => {
                     self.private_option_reply(&input[used..], out)?
                 }
@@ -187,6 +210,9 @@ impl ClientHandshake {
             return Ok((0, ClientStep::NeedInput));
         };
         match greeting {
+            Greeting::Oldstyle { .. } if self.offer.tls == TlsWish::Required => {
+                Err(HandshakeFailure::NoTls("it speaks the old style of NBD".to_owned()))
+            }
             Greeting::Oldstyle { .. } if !self.offer.export.is_empty() => {
                 Err(HandshakeFailure::NoExportNames)
             }
@@ -201,16 +227,60 @@ impl ClientHandshake {
                 client.set(ClientFlags::NO_ZEROES, self.no_zeroes);
                 client.set(ClientFlags::FIXED_NEWSTYLE, fixed);
                 encode_client_flags(client, out);
-                match &self.offer.private {
-                    Some(data) if fixed => {
-                        encode_option(PRIVATE_OPTION, data, out);
-                        self.state = ClientState::Private;
+                match self.offer.tls {
+                    TlsWish::Required if !fixed => {
+                        let why = "it does not support fixed newstyle";
+                        return Err(HandshakeFailure::NoTls(why.to_owned()));
                     }
-                    _ if fixed => self.send_option(self.first_option(), out),
+                    TlsWish::IfSupported | TlsWish::Required if fixed => {
+                        encode_option(OptionKind::StartTls.number(), &[], out);
+                        self.state = ClientState::StartTls;
+                    }
+                    _ if fixed => self.send_first_option(out),
                     _ => self.send_option(OptionKind::ExportName, out),
                 }
                 Ok((used, ClientStep::NeedInput))
             }
+        }
+    }
+
+    fn start_tls_reply(
+        &mut self,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, ClientStep), HandshakeFailure> {
+        let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
+        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::NeedInput)) };
+        if option != OptionKind::StartTls.number() {
+            return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
+        }
+        match reply {
+            OptionReply::Ack => return Ok((used, ClientStep::StartTls)),
+            OptionReply::Error { .. } if self.offer.tls == TlsWish::IfSupported => {
+                self.send_first_option(out);
+            }
+            OptionReply::Error { message, .. } => return Err(HandshakeFailure::NoTls(message)),
+            _ => {
+                return Err(HandshakeFailure::Unexpected(
+                    "its reply to STARTTLS is of another kind",
+                ));
+            }
+        }
+        Ok((used, ClientStep::NeedInput))
+    }
+
+    /// Continues in TLS, after [`ClientStep::StartTls`].
+    pub fn on_tls_started(&mut self, out: &mut Vec<u8>) {
+        self.send_first_option(out);
+    }
+
+    fn send_first_option(&mut self, out: &mut Vec<u8>) {
+        match &self.offer.private {
+            Some(data) => {
+                encode_option(PRIVATE_OPTION, data, out);
+                self.state = ClientState::Private;
+            }
+            None => self.send_option(self.first_option(), out),
         }
     }
 

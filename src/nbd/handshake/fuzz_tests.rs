@@ -3,13 +3,13 @@
 //! The outcome depends neither on how the bytes are divided nor on a restart between them, every option has
 //! one final reply, and the bytes that wait to be complete are bounded.
 
-use super::client::{ClientHandshake, ClientOffer, ClientStep, HandshakeFailure};
+use super::client::{ClientHandshake, ClientOffer, ClientStep, HandshakeFailure, TlsWish};
 use super::option::{
     InfoRequest, MetaContextRequest, OPTION_HEADER_LENGTH, OPTION_LENGTH_MAX,
     OPTION_REPLY_HEADER_LENGTH, OPTION_REPLY_LENGTH_MAX, OptionHeader, OptionReply,
 };
 use super::server::{Export, HandshakePosition, ProtocolViolation, ServerHandshake, ServerStep};
-use super::{Agreement, BlockSizes, Greeting};
+use super::{Agreement, BlockSizes, Greeting, TlsOffer};
 use crate::nbd::wire::{OptionKind, OptionReplyKind, PRIVATE_OPTION, TransmissionFlags};
 
 /// The export of the server, and the one that the client requests.
@@ -64,6 +64,12 @@ fn begin(switches: u8, position: Option<HandshakePosition>) -> ServerHandshake {
     if switches & 2 != 0 {
         handshake.require_admission();
     }
+    handshake.set_tls(match switches & 48 {
+        0 => TlsOffer::Unsupported,
+        16 => TlsOffer::Optional,
+        32 => TlsOffer::Required,
+        _ => TlsOffer::InUse,
+    });
     handshake
 }
 
@@ -91,7 +97,9 @@ fn serve(
                     let end = Ok(Some(agreement.clone()));
                     return HandshakeOutcome { sent, asked, end };
                 }
-                ServerStep::Aborted => return HandshakeOutcome { sent, asked, end: Ok(None) },
+                ServerStep::Aborted | ServerStep::StartTls => {
+                    return HandshakeOutcome { sent, asked, end: Ok(None) };
+                }
                 ServerStep::PrivateOption(data) => {
                     let refusal = OptionReply::error(OptionReplyKind::ErrPolicy, "no");
                     let reply = if switches & 4 == 0 { Ok(data.clone()) } else { Err(refusal) };
@@ -133,9 +141,11 @@ fn check_replies(input: &[u8], outcome: &HandshakeOutcome<ProtocolViolation>) {
             break;
         }
         options = options.get(end..).unwrap_or_default();
-        let is_abort = option.number == OptionKind::Abort.number();
+        let ends = [OptionKind::Abort, OptionKind::StartTls]
+            .map(OptionKind::number)
+            .contains(&option.number);
         let is_go = option.number == OptionKind::Go.number();
-        if replies.is_empty() && (is_abort || is_go && matches!(outcome.end, Ok(Some(_)))) {
+        if replies.is_empty() && (ends || is_go && matches!(outcome.end, Ok(Some(_)))) {
             break;
         }
     }
@@ -196,6 +206,7 @@ fn converse(switches: u8, input: &[u8], fragment: usize) -> Conversation {
         private_more: (switches & 64 != 0).then(|| vec![4]),
         private_only: switches & 16 != 0,
         export: if switches & 32 == 0 { EXPORT.to_owned() } else { String::new() },
+        tls: if switches & 128 == 0 { TlsWish::No } else { TlsWish::IfSupported },
     };
     let mut handshake = ClientHandshake::new(offer);
     let (mut pending, mut sent, mut end) = (Vec::new(), Vec::new(), Ok(None));
@@ -203,6 +214,8 @@ fn converse(switches: u8, input: &[u8], fragment: usize) -> Conversation {
         pending.extend_from_slice(part);
         match handshake.advance(&pending, &mut sent) {
             Ok((used, ClientStep::NeedInput)) => drop(pending.drain(..used)),
+            // What follows is for another layer.
+            Ok((_, ClientStep::StartTls)) => break,
             Ok((used, ClientStep::Transmission(agreement))) => {
                 assert!(used <= pending.len());
                 end = Ok(Some(agreement));

@@ -9,6 +9,8 @@
 //!   │ ◀──────────────────────────── option ──── │   repeatedly,
 //!   │ ── option replies ──────────────────────▶ │   until GO or EXPORT_NAME succeeds
 //! ```
+//!
+//! After `NBD_OPT_STARTTLS` the options begin again, over TLS: nothing that was negotiated before is left.
 
 pub mod client;
 #[cfg(any(test, fuzzing))]
@@ -17,6 +19,10 @@ pub mod option;
 pub mod server;
 #[cfg(test)]
 mod tests;
+mod tls_offer;
+mod violation;
+
+pub use tls_offer::TlsOffer;
 
 use super::bytes::Reader;
 use super::reply::Dialect;

@@ -11,8 +11,9 @@ use super::option::{
     OPTION_SKIP_LENGTH_MAX, OPTIONS_LENGTH_MAX, OPTIONS_MAX, OptionError, OptionHeader,
     OptionReply, decode_string,
 };
+use super::tls_offer::TlsOffer;
+pub use super::violation::ProtocolViolation;
 use super::{ALLOCATION_CONTEXT_ID, Agreement, BlockSizes, Greeting};
-use thiserror::Error;
 
 /// The export of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,35 +29,6 @@ pub struct Export {
     pub flags: TransmissionFlags,
     /// Advertised block sizes.
     pub block_sizes: BlockSizes,
-}
-
-/// A violation of the protocol by the client that ends the session.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum ProtocolViolation {
-    /// The client set undefined client flags.
-    #[error("it sent unknown client flags {0:#x}")]
-    UnknownClientFlags(u32),
-    /// An option has a wrong magic number: framing is lost.
-    #[error("it sent {0:#x} where an option should begin")]
-    BadOptionMagic(u64),
-    /// The data of an option has this length in bytes, over [`OPTION_SKIP_LENGTH_MAX`].
-    #[error("it announced an option of {0} bytes")]
-    OptionTooLong(u32),
-    /// The options exceed [`OPTIONS_MAX`] or [`OPTIONS_LENGTH_MAX`].
-    #[error("it sent more than {OPTIONS_MAX} options, or {OPTIONS_LENGTH_MAX} bytes in them")]
-    TooManyOptions,
-    /// `NBD_OPT_EXPORT_NAME` with an invalid name, or the name of an unknown export.
-    #[error("it asked for an export that does not exist")]
-    UnknownExport,
-    /// `NBD_OPT_EXPORT_NAME` after extended headers were negotiated.
-    #[error("it sent NBD_OPT_EXPORT_NAME after extended headers")]
-    ExportNameAfterExtendedHeaders,
-    /// An option that needs a reply, from a client without fixed newstyle.
-    #[error("it sent option {0} without knowing fixed newstyle")]
-    OptionBeforeFixedNewstyle(u32),
-    /// `NBD_OPT_EXPORT_NAME` from a client that was refused admission.
-    #[error("it is not let in: {0}")]
-    NotAdmitted(String),
 }
 
 /// The next step of the handshake.
@@ -77,6 +49,9 @@ pub enum ServerStep {
     },
     /// The client sent `NBD_OPT_ABORT`. Send the pending replies, then close the connection.
     Aborted,
+    /// The client sent `NBD_OPT_STARTTLS`. Send the pending replies, begin TLS, and go on in it from
+    /// [`HandshakePosition::begun`]. Unconsumed input must not be used.
+    StartTls,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +81,7 @@ pub struct ServerHandshake {
     admission_required: bool,
     /// The decision on the current option, once made; the error is the reason for a refusal.
     admission: Option<Result<(), String>>,
+    tls: TlsOffer,
     received: ReceivedOptions,
 }
 
@@ -144,16 +120,21 @@ pub struct HandshakePosition {
     pub private_negotiated: bool,
 }
 
+impl HandshakePosition {
+    /// The position before the first option. Nothing else is left of a handshake that begins TLS, and the client
+    /// does not send its flags again (NBD specification, `NBD_OPT_STARTTLS`).
+    #[must_use]
+    pub fn begun(client: Option<ClientFlags>) -> Self {
+        let (allocation_for, private_negotiated) = (None, false);
+        Self { client, skipping: 0, dialect: Dialect::Simple, allocation_for, private_negotiated }
+    }
+}
+
 impl ServerHandshake {
     /// A handshake before the client flags.
     #[must_use]
     pub fn new(export: Export) -> Self {
-        let (client, dialect) = (None, Dialect::Simple);
-        let (allocation_for, private_negotiated) = (None, false);
-        Self::resume(
-            export,
-            HandshakePosition { client, skipping: 0, dialect, allocation_for, private_negotiated },
-        )
+        Self::resume(export, HandshakePosition::begun(None))
     }
 
     /// Resumes a handshake at `position`. Does not send the greeting.
@@ -174,6 +155,7 @@ impl ServerHandshake {
             private_negotiated: position.private_negotiated,
             admission_required: false,
             admission: None,
+            tls: TlsOffer::Unsupported,
             received: ReceivedOptions::default(),
         }
     }
@@ -199,6 +181,11 @@ impl ServerHandshake {
     /// Enables the private option; otherwise it is an unknown option.
     pub fn enable_private_option(&mut self) {
         self.private_enabled = true;
+    }
+
+    /// Sets what to do about TLS.
+    pub fn set_tls(&mut self, tls: TlsOffer) {
+        self.tls = tls;
     }
 
     /// Requires [admission](ServerHandshake::set_admission) for each request for the export.
@@ -327,6 +314,9 @@ impl ServerHandshake {
             return Err(ProtocolViolation::OptionBeforeFixedNewstyle(header.number));
         }
         let data_start = OPTION_HEADER_LENGTH;
+        if let Some(refused) = self.refuse_without_tls(kind, header, out)? {
+            return Ok((data_start, refused));
+        }
         if self.private_enabled
             && header.number == PRIVATE_OPTION
             && header.length <= OPTION_LENGTH_MAX
@@ -341,8 +331,11 @@ impl ServerHandshake {
             OptionReply::Ack.encode(header.number, out);
             return Ok((data_start, ServerStep::Aborted));
         }
-        if let Some(reply) = Self::reply_without_data(kind, header)? {
+        if let Some(reply) = self.reply_without_data(kind, header)? {
             reply.encode(header.number, out);
+            if kind == Ok(OptionKind::StartTls) && reply == OptionReply::Ack {
+                return Ok((data_start, ServerStep::StartTls));
+            }
             self.clear_contexts_on_set(kind);
             if header.length > 0 {
                 self.state = ServerState::Skipping(header.length);
@@ -358,8 +351,30 @@ impl ServerHandshake {
         Ok((used, next))
     }
 
+    /// Refuses options that must not precede TLS.
+    fn refuse_without_tls(
+        &mut self,
+        kind: Result<OptionKind, u32>,
+        header: OptionHeader,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<ServerStep>, ProtocolViolation> {
+        let Some(reply) = self.tls.refusal(kind) else { return Ok(None) };
+        if kind == Ok(OptionKind::ExportName) {
+            return Err(ProtocolViolation::TlsRequired);
+        }
+        if header.length > OPTION_SKIP_LENGTH_MAX {
+            return Err(ProtocolViolation::OptionTooLong(header.length));
+        }
+        reply.encode(header.number, out);
+        if header.length > 0 {
+            self.state = ServerState::Skipping(header.length);
+        }
+        Ok(Some(ServerStep::NeedInput))
+    }
+
     /// The reply to an option whose data the server does not decode.
     fn reply_without_data(
+        &self,
         kind: Result<OptionKind, u32>,
         header: OptionHeader,
     ) -> Result<Option<OptionReply>, ProtocolViolation> {
@@ -370,9 +385,7 @@ impl ServerHandshake {
             Ok(OptionKind::ExportName) if header.length as usize > STRING_LENGTH_MAX => {
                 Err(ProtocolViolation::UnknownExport)
             }
-            Ok(OptionKind::StartTls) => {
-                Ok(Some(error_reply(OptionReplyKind::ErrUnsupported, "TLS is not supported")))
-            }
+            Ok(OptionKind::StartTls) => Ok(Some(self.tls.reply(header.length))),
             Err(_) => Ok(Some(error_reply(OptionReplyKind::ErrUnsupported, "unknown option"))),
             Ok(_) if header.length > OPTION_LENGTH_MAX => {
                 Ok(Some(error_reply(OptionReplyKind::ErrTooBig, "the option is too long")))

@@ -401,6 +401,7 @@ fn client_falls_back_to_supported_options() {
         private: Some(vec![1]),
         private_more: Some(vec![2]),
         private_only: false,
+        tls: client::TlsWish::IfSupported,
     };
     let mut client = client::ClientHandshake::new(offer);
     let mut input = Vec::new();
@@ -427,7 +428,7 @@ fn client_falls_back_to_supported_options() {
     }
     use OptionKind::*;
     let options = [ExtendedHeaders, StructuredReply, Go, ExportName].map(OptionKind::number);
-    assert_eq!(sent, [&[PRIVATE_OPTION], &options[..]].concat());
+    assert_eq!(sent, [&[StartTls.number(), PRIVATE_OPTION], &options[..]].concat());
     assert_eq!(client.private_reply(), None);
 }
 

@@ -83,9 +83,9 @@ fn pieces_arrive_in_order() {
 #[test]
 fn at_most_1024_pieces_are_sent_at_once() {
     for (near, _far) in both_kinds() {
-        let pieces = vec![IoSlice::new(b"x"); SLICES_MAX + 1];
-        assert_eq!(near.try_send_vectored(&pieces[..SLICES_MAX]).unwrap(), SLICES_MAX);
-        assert_eq!(near.try_send_vectored(&pieces).unwrap(), SLICES_MAX);
+        let pieces = vec![IoSlice::new(b"x"); 1024 + 1];
+        assert_eq!(near.try_send_vectored(&pieces[..1024]).unwrap(), 1024);
+        assert_eq!(near.try_send_vectored(&pieces).unwrap(), 1024);
     }
 }
 
@@ -111,14 +111,6 @@ fn sending_to_a_closed_peer_is_an_error() {
             }
         };
         assert!(matches!(error, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
-    }
-}
-
-#[test]
-fn send_flags_prevent_waits_and_signals() {
-    for (more, expected) in [(false, 0), (true, libc::MSG_MORE)] {
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | expected;
-        assert_eq!(send_flags(more).bits(), flags);
     }
 }
 
@@ -315,11 +307,11 @@ fn an_inherited_descriptor_keeps_its_kind() {
     let [(near, mut far), (unix, mut unix_far)] = both_kinds();
     let near = match near {
         Stream::Tcp(stream) => Stream::inherited(stream.into()).unwrap(),
-        Stream::Unix(_) => panic!("the first kind is TCP"),
+        _ => panic!("the first kind is TCP"),
     };
     let unix = match unix {
         Stream::Unix(stream) => Stream::inherited(stream.into()).unwrap(),
-        Stream::Tcp(_) => panic!("the second kind is unix"),
+        _ => panic!("the second kind is unix"),
     };
     assert!(matches!(&near, Stream::Tcp(_)) && matches!(&unix, Stream::Unix(_)));
     far.write_all(b"x").unwrap();

@@ -29,6 +29,11 @@ struct LoadedPart {
 }
 
 impl Attached {
+    /// For a connection that cannot send references.
+    pub(super) fn without_references() -> Self {
+        Self { pinned: Pinned::forbidden(), loaded: None }
+    }
+
     /// Bytes that are not sent.
     pub(super) fn length(&self) -> usize {
         self.pinned.length() + self.loaded.as_ref().map_or(0, |loaded| loaded.unsent.len())

@@ -7,6 +7,7 @@ mod handshake_turns;
 mod socket;
 mod transmission_turns;
 
+use super::handshake::Handshake;
 use super::phase::{SessionContext, SessionPhase, Turn};
 use crate::net::Stream;
 use crate::server::end::SessionEnd;
@@ -16,6 +17,15 @@ use handshake_turns::HandshakeTurns;
 use socket::SessionSocket;
 use std::time::Duration;
 use transmission_turns::TransmissionTurns;
+
+/// Why a driver ended.
+#[derive(Debug)]
+pub(super) enum DriverEnd {
+    /// The session ended, with a snapshot if the end is [`SessionEnd::Suspended`].
+    Session(SessionEnd, Option<Box<SessionSnapshot>>),
+    /// Once the connection is encrypted, this handshake [begins again](Handshake::restart_in_tls).
+    StartTls(Box<Handshake>),
+}
 
 /// One session on its socket.
 #[derive(Debug)]
@@ -44,11 +54,8 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Serves until the session ends. Returns a snapshot if the end is [`SessionEnd::Suspended`].
-    pub(super) fn run(
-        mut self,
-        mut phase: SessionPhase<'a>,
-    ) -> (SessionEnd, Option<SessionSnapshot>) {
+    /// Serves until the session ends, or begins TLS.
+    pub(super) fn run(mut self, mut phase: SessionPhase<'a>) -> DriverEnd {
         let socket = &mut self.socket;
         let end = loop {
             let turn = match &mut phase {
@@ -65,10 +72,18 @@ impl<'a> Driver<'a> {
                     // So that the engine tries to receive before its first wait.
                     socket.drained = false;
                 }
+                Ok(Turn::StartTls) => {
+                    if let SessionPhase::Handshake(handshake) = phase {
+                        return DriverEnd::StartTls(handshake);
+                    }
+                }
                 Ok(Turn::Suspended) => {
                     return match phase.save(self.context.client.1) {
-                        Ok(snapshot) => (SessionEnd::Suspended, Some(snapshot)),
-                        Err(end) => (end, None),
+                        Ok(snapshot) => {
+                            let snapshot = Some(Box::new(snapshot));
+                            DriverEnd::Session(SessionEnd::Suspended, snapshot)
+                        }
+                        Err(end) => DriverEnd::Session(end, None),
                     };
                 }
                 Err(end) => break end,
@@ -78,7 +93,9 @@ impl<'a> Driver<'a> {
         drop(phase);
         if end.needs_linger() {
             self.socket.linger();
+        } else {
+            self.socket.announce_end();
         }
-        (end, None)
+        DriverEnd::Session(end, None)
     }
 }

@@ -20,9 +20,11 @@
 use super::engine::Clocks;
 use super::rx::Rx;
 use super::tx::Tx;
-use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::option::OptionReply;
-use crate::nbd::handshake::server::{Export, HandshakePosition, ServerHandshake, ServerStep};
+use crate::nbd::handshake::server::{
+    Export, HandshakePosition, ProtocolViolation, ServerHandshake, ServerStep,
+};
+use crate::nbd::handshake::{Agreement, TlsOffer};
 use crate::nbd::reply::Dialect;
 use crate::nbd::wire::OptionReplyKind;
 use crate::server::end::SessionEnd;
@@ -63,6 +65,8 @@ pub(super) enum HandshakeBlocked {
     Release,
     /// The handshake is complete: requests follow.
     Complete(Negotiated),
+    /// TLS begins, and then the handshake begins again in it ([`Handshake::restart_in_tls`]).
+    StartTls,
     /// The session is suspended.
     Suspend,
 }
@@ -126,6 +130,8 @@ enum HandshakeState {
         refused: Decision,
     },
     Complete(Negotiated),
+    /// Begins TLS once the reply is sent.
+    StartingTls,
     /// Refused in old style, where no reply can say so.
     Refused(String),
 }
@@ -147,8 +153,15 @@ enum Decision {
 
 impl Handshake {
     /// A new handshake. In newstyle the acceptor has greeted the client.
-    pub(super) fn new(export: &Export, style: Style, deadline: Instant, clocks: Clocks) -> Self {
-        let protocol = ServerHandshake::new(export.clone());
+    pub(super) fn new(
+        export: &Export,
+        style: Style,
+        tls: TlsOffer,
+        deadline: Instant,
+        clocks: Clocks,
+    ) -> Self {
+        let mut protocol = ServerHandshake::new(export.clone());
+        protocol.set_tls(tls);
         let buffers = (Rx::default(), Tx::default());
         let handshake = Self::with(protocol, buffers, deadline, clocks);
         match style {
@@ -166,10 +179,12 @@ impl Handshake {
         export: &Export,
         position: HandshakePosition,
         buffers: (Rx, Tx),
+        tls: TlsOffer,
         deadline: Instant,
         clocks: Clocks,
     ) -> Self {
-        let protocol = ServerHandshake::resume(export.clone(), position);
+        let mut protocol = ServerHandshake::resume(export.clone(), position);
+        protocol.set_tls(tls);
         Self::with(protocol, buffers, deadline, clocks)
     }
 
@@ -184,6 +199,15 @@ impl Handshake {
         let (oldstyle, state, has_waited) = (None, HandshakeState::Options, false);
         let progress = HandshakeProgress::default();
         Self { rx, tx, protocol, oldstyle, state, has_waited, progress, deadline, clocks }
+    }
+
+    /// The handshake in TLS, after [`HandshakeBlocked::StartTls`]. Of this one only the client flags and the
+    /// deadline are left.
+    pub(super) fn restart_in_tls(&self, export: &Export, sends_references: bool) -> Self {
+        let position = HandshakePosition::begun(self.protocol.position().client);
+        let tx = if sends_references { Tx::default() } else { Tx::without_references() };
+        let buffers = (Rx::default(), tx);
+        Self::restore(export, position, buffers, TlsOffer::InUse, self.deadline, self.clocks)
     }
 
     /// Saves the handshake after [`HandshakeBlocked::Suspend`]. Fails if replies cannot be saved.
@@ -208,7 +232,9 @@ impl Handshake {
             self.handle_options()?;
         }
         Ok(match &self.state {
-            HandshakeState::Options => return self.blocked_by_client(stop),
+            HandshakeState::Options | HandshakeState::StartingTls => {
+                return self.blocked_by_client(stop);
+            }
             HandshakeState::Deciding(Subject::Probe(data)) => HandshakeBlocked::Probe(data.clone()),
             HandshakeState::Deciding(Subject::Admission { enters }) => {
                 HandshakeBlocked::Admission { enters: *enters }
@@ -241,6 +267,10 @@ impl Handshake {
             }
             ServerStep::Aborted => return Err(SessionEnd::Aborted),
             ServerStep::Transmission(agreement) => self.complete(&agreement),
+            ServerStep::StartTls if !self.rx.bytes().is_empty() => {
+                return Err(SessionEnd::Misbehaved(ProtocolViolation::DataBeforeTls));
+            }
+            ServerStep::StartTls => self.state = HandshakeState::StartingTls,
         }
         Ok(())
     }
@@ -250,7 +280,14 @@ impl Handshake {
         match stop {
             StopRequest::Serve if self.is_late() => Err(SessionEnd::HandshakeTimeout),
             StopRequest::Serve if self.tx.has_bytes() => Ok(HandshakeBlocked::Output),
+            StopRequest::Serve if matches!(self.state, HandshakeState::StartingTls) => {
+                Ok(HandshakeBlocked::StartTls)
+            }
             StopRequest::Serve => Ok(HandshakeBlocked::Input),
+            // The client expects TLS next, whose state cannot be saved.
+            StopRequest::Suspend if matches!(self.state, HandshakeState::StartingTls) => {
+                Err(SessionEnd::Requested(stop))
+            }
             StopRequest::Suspend => Ok(HandshakeBlocked::Suspend),
             request => Err(SessionEnd::Requested(request)),
         }

@@ -35,4 +35,4 @@ mod writes;
 pub use phase::{PAYLOAD_MAX, PAYLOAD_MAX_OLDSTYLE};
 #[cfg(test)]
 pub(super) use reads::WHOLE_READ_MAX;
-pub(super) use session::Session;
+pub(super) use session::{EndedSession, Session};

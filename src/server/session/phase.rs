@@ -6,6 +6,7 @@ use super::handshake::{Handshake, Negotiated};
 use super::rx::Rx;
 use super::tx::Tx;
 use crate::disk::{Disk, Notifier};
+use crate::nbd::handshake::TlsOffer;
 use crate::nbd::handshake::server::Export;
 use crate::nbd::request::Terms;
 use crate::server::end::SessionEnd;
@@ -30,6 +31,7 @@ pub(super) struct SessionContext<'a> {
     pub(super) policy: &'a dyn ExportPolicy,
     pub(super) export: &'a Export,
     pub(super) style: Style,
+    pub(super) tls: TlsOffer,
     pub(super) notifier: Arc<dyn Notifier>,
     pub(super) payloads: &'a Arc<PayloadMemory>,
     /// For the log, and the session's id.
@@ -52,6 +54,8 @@ pub(super) enum Turn {
     Continue,
     /// The handshake is complete ([`SessionPhase::into_transmission`]).
     Complete(Negotiated),
+    /// TLS begins, in the handshake ([`Handshake::restart_in_tls`]).
+    StartTls,
     /// The session is suspended ([`SessionPhase::save`]).
     Suspended,
 }
@@ -59,20 +63,23 @@ pub(super) enum Turn {
 impl<'a> SessionPhase<'a> {
     /// The start of a new session.
     pub(super) fn new(context: &SessionContext<'a>) -> Self {
-        let SessionContext { export, style, handshake_deadline, clocks, .. } = context;
-        Self::Handshake(Box::new(Handshake::new(export, *style, *handshake_deadline, *clocks)))
+        let SessionContext { export, style, tls, handshake_deadline, clocks, .. } = context;
+        let handshake = Handshake::new(export, *style, *tls, *handshake_deadline, *clocks);
+        Self::Handshake(Box::new(handshake))
     }
 
     /// The start of a session from a snapshot; `None` if that does not fit this server.
     pub(super) fn restore(context: &SessionContext<'a>, snapshot: SessionSnapshot) -> Option<Self> {
-        let SessionContext { export, handshake_deadline, clocks, .. } = context;
+        let SessionContext { export, tls, handshake_deadline, clocks, .. } = context;
         let rx = Rx::restore(&snapshot.inbox)?;
         let tx = Tx::restore(snapshot.outbox, export.size)?;
         Some(match snapshot.phase {
             PhaseSnapshot::Handshake(saved) => {
                 let position = saved.position()?;
                 let deadline = *handshake_deadline;
-                let handshake = Handshake::restore(export, position, (rx, tx), deadline, *clocks);
+                let buffers = (rx, tx);
+                let handshake =
+                    Handshake::restore(export, position, buffers, *tls, deadline, *clocks);
                 Self::Handshake(Box::new(handshake))
             }
             PhaseSnapshot::Transmission(saved) => {

@@ -40,7 +40,8 @@ pub(super) struct Pinned {
     pipe: Option<Pipe>,
     /// Bytes in the pipe.
     length: usize,
-    /// No pipe of this size could be created: descriptors and memory for pipes are limited.
+    /// The connection cannot send references, or no pipe of this size could be created: descriptors and memory for
+    /// pipes are limited.
     unavailable: bool,
 }
 
@@ -59,6 +60,11 @@ impl Pipe {
 }
 
 impl Pinned {
+    /// For a connection that cannot send references.
+    pub(super) fn forbidden() -> Self {
+        Self { unavailable: true, ..Self::default() }
+    }
+
     pub(super) fn length(&self) -> usize {
         self.length
     }

@@ -89,6 +89,11 @@ impl Tx {
         (!tx.out_of_memory).then_some(tx)
     }
 
+    /// For a connection that cannot send references (`Stream::sends_references`).
+    pub(super) fn without_references() -> Self {
+        Self { attached: Attached::without_references(), ..Self::default() }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         !self.has_bytes() && self.deferred.is_none()
     }

@@ -64,7 +64,11 @@ impl TcpServer {
 
     fn target(&self) -> UpstreamTarget {
         let (host, port) = (self.address.ip().to_string(), self.address.port());
-        UpstreamTarget { remote: Remote::Host { host, port }, export: String::new() }
+        UpstreamTarget {
+            remote: Remote::Host { host, port },
+            export: String::new(),
+            tls: TlsTarget::default(),
+        }
     }
 
     /// Ends the current connections. Only ends them in silence with `is_silent`: they stay open.

@@ -45,7 +45,7 @@ pub(crate) struct Client(JoinHandle<Completions>);
 impl Client {
     /// Connects, starts sending, and waits for `warm` completions.
     pub(crate) fn start(at: SocketAddr, pace: Pace, warm: usize) -> Result<Self, Error> {
-        let export = Export { address: Address::Tcp(at), name: "" };
+        let export = Export { address: Address::Tcp(at), name: "", tls: None };
         let (is_warm, warmed) = mpsc::channel();
         let completed = move |count| {
             if count == warm {

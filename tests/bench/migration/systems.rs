@@ -104,7 +104,7 @@ fn copy(nbdcopy: &Path, nbdkit: &Path, flush: bool, pair: &Pair) -> Result<Durat
         let mut server = Process::start(server.arg("file").arg(image), Stdio::null())?;
         server.wait_until(|| socket.exists())?;
         servers.push(server);
-        command.arg(Export { address: Address::Unix(socket), name: "" }.uri());
+        command.arg(Export { address: Address::Unix(socket), name: "", tls: None }.uri());
     }
     let start = Instant::now();
     let end = Process::start(&mut command, Stdio::null())?.wait_for_success(MIGRATION_TIME_MAX)?;
@@ -175,6 +175,7 @@ impl Sides {
             max_bps,
             no_record: false,
             relay: flexnbd::control::command::RelayRequest::AsConfigured,
+            tls: Box::default(),
         };
         let ordered = Instant::now();
         let order = Order::MirrorWait(mirror);

@@ -56,7 +56,7 @@ pub(crate) fn measure(setup: &Setup) -> Result<Vec<ActivationRow>, Error> {
 
 fn measure_once(options: &Options, server: &[OsString]) -> Result<Duration, Error> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let export = Export { address: Address::Tcp(listener.local_addr()?), name: "" };
+    let export = Export { address: Address::Tcp(listener.local_addr()?), name: "", tls: None };
     pin_to(options.server_cpu);
     let client_cpu = options.client_cpu;
     let client = thread::spawn(move || -> Result<Duration, Error> {

@@ -27,7 +27,7 @@ pub(crate) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sam
     }
     let cpu_before = cpu_seconds(server.pid);
     let arguments = arguments(cell, &setup.options, &server.export.uri());
-    let output = Command::new("fio").args(arguments).output()?;
+    let output = command(server).args(arguments).output()?;
     let cpu = cpu_seconds(server.pid) - cpu_before;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -37,6 +37,21 @@ pub(crate) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sam
     // fio prints the mean of its jobs, which share one CPU.
     let client_busy = busy * cell.sessions as f64;
     Ok(Sample::new(cell, server.pid, requests, per_sec, cpu, client_busy))
+}
+
+/// fio, or for TLS fio as a user other than root, because libnbd looks for authorities in the home of such a
+/// user, and fio does not let it look elsewhere.
+fn command(server: &Running) -> Command {
+    let Some(home) = &server.home else { return Command::new("fio") };
+    let mut command = if nix::unistd::geteuid().is_root() {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "fio"]);
+        command
+    } else {
+        Command::new("fio")
+    };
+    command.env("HOME", home);
+    command
 }
 
 fn arguments(cell: &Cell, options: &Options, uri: &str) -> Vec<String> {

@@ -11,6 +11,7 @@ pub(crate) mod raw;
 pub(crate) mod results;
 pub(crate) mod sending;
 pub(crate) mod servers;
+mod tls;
 mod usage;
 
 use crate::machine::{Machine, version};
@@ -48,7 +49,7 @@ pub(crate) struct Options {
     /// Which cells to measure
     #[arg(long, value_enum, default_value = "default")]
     set: Set,
-    /// Only the cells whose name contains this; `memory` and `activation` are names, too
+    /// Only the cells whose name contains this; `memory`, `activation` and `handshakes` (of servers with TLS) are names, too
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Print the names of the cells and measure nothing
@@ -107,7 +108,7 @@ impl Options {
         cells
     }
 
-    /// Whether to measure `memory` or `activation`. The small set has neither unless `--only`
+    /// Whether to measure `memory`, `activation` or `handshakes`. The small set has neither unless `--only`
     /// names it.
     fn measures(&self, name: &str) -> bool {
         self.includes(name) && (self.only.is_some() || self.set != Set::Small)
@@ -215,6 +216,9 @@ impl Setup {
         }
         if options.measures("activation") {
             results.activation = activation::measure(self)?;
+        }
+        if options.measures("handshakes") {
+            results.handshakes = tls::measure(self)?;
         }
         println!("\n# took {:.1} minutes", start.elapsed().as_secs_f64() / 60.0);
         Ok(results)

@@ -124,13 +124,20 @@ impl Session {
 
     /// Receives the bytes that have arrived; returns how many requests are complete.
     pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Result<u64, Error> {
-        let kept = self.partial.len();
-        buffer[..kept].copy_from_slice(&self.partial);
-        match self.stream.try_recv(&mut buffer[kept..]) {
-            Ok(0) => Err("the server closed the connection".into()),
-            Ok(count) => self.parse(&buffer[..kept + count]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            Err(error) => Err(error.into()),
+        let mut complete = 0;
+        loop {
+            let kept = self.partial.len();
+            buffer[..kept].copy_from_slice(&self.partial);
+            match self.stream.try_recv(&mut buffer[kept..]) {
+                Ok(0) => return Err("the server closed the connection".into()),
+                Ok(count) => complete += self.parse(&buffer[..kept + count])?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(complete),
+                Err(error) => return Err(error.into()),
+            }
+            // The rest of a decrypted record makes no socket readable.
+            if !self.stream.is_tls() {
+                return Ok(complete);
+            }
         }
     }
 

@@ -4,6 +4,7 @@ use super::activation::{self, ActivationRow};
 use super::cells::{Cell, Generator, word};
 use super::memory::{self, MemoryRow, SESSIONS};
 use super::servers::{Server, is_minimal};
+use super::tls::{self, HandshakeRow};
 use super::usage::{RSS_PEAK, memory_kib};
 use crate::machine::Machine;
 use crate::report::{Error, Target, figure, median, print_row, print_targets};
@@ -22,6 +23,8 @@ pub(crate) struct Results {
     pub(crate) cells: Vec<CellResult>,
     pub(crate) memory: Vec<MemoryRow>,
     pub(crate) activation: Vec<ActivationRow>,
+    #[serde(default)]
+    pub(crate) handshakes: Vec<HandshakeRow>,
     #[serde(skip_deserializing)]
     pub(crate) summary: Vec<Mean>,
     #[serde(skip_deserializing)]
@@ -296,6 +299,7 @@ impl Results {
     pub(crate) fn print(&self) {
         memory::print(&self.memory);
         activation::print(&self.activation);
+        tls::print(&self.handshakes);
         if !self.summary.is_empty() {
             println!("\nflexnbd against the best peer of each cell");
         }

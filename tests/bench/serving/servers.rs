@@ -5,6 +5,7 @@
 
 use super::cells::Transport;
 use super::minimal;
+use super::tls::Certificates;
 use crate::machine::version;
 use crate::nbd::Export;
 use crate::process::{FLEXNBD, Installed, PATIENCE, Process, installed};
@@ -40,6 +41,21 @@ const OURS: Kind =
 const OURS_DIRECT: Kind = (["serve --quiet --max-clients=2000 --direct", OURS.0[1]], OURS.1);
 /// A proxy of another process of the same program, which serves the image over the same transport.
 const OURS_PROXY: Kind = (["proxy --quiet --max-clients=2000", "--to"], OURS.1);
+/// Where certificates are, in the arguments of servers with TLS.
+const CERTIFICATES: &str = "@";
+/// Servers of clients that use TLS.
+const OURS_TLS: Kind = (
+    [
+        "serve --quiet --max-clients=2000 --tls=require --tls-cert=@/server-cert.pem \
+         --tls-key=@/server-key.pem",
+        OURS.0[1],
+    ],
+    OURS.1,
+);
+const NBDKIT_TLS: Kind =
+    (["--foreground --exit-with-parent --tls=require --tls-certificates=@", "file"], NBDKIT.1);
+const QEMU_NBD_TLS: &str = "--object=tls-creds-x509,id=tls,endpoint=server,dir=@,verify-peer=off \
+    --tls-creds=tls --format=raw --persistent --shared=0 --cache=writeback --discard=unmap";
 const NBDKIT: Kind =
     (["--foreground --exit-with-parent", "file"], Some(["--ipaddr", "--port", "--unix"]));
 /// The names of the minimal servers that send the image, each by its method.
@@ -47,7 +63,7 @@ const METHODS: [&str; 7] =
     ["copy-64k", "copy-256k", "copy-1m", "splice-256k", "splice-1m", "sendfile", "mapping"];
 /// The minimal server without a disk, the limit of the others.
 const NULL: &str = "null";
-const KINDS: [(&str, Kind, &[&str]); 17] = [
+const KINDS: [(&str, Kind, &[&str]); 20] = [
     ("flexnbd", OURS, &[FLEXNBD]),
     ("flexnbd-direct", OURS_DIRECT, &[FLEXNBD]),
     ("flexnbd-proxy", OURS_PROXY, &[FLEXNBD]),
@@ -57,6 +73,9 @@ const KINDS: [(&str, Kind, &[&str]); 17] = [
     ("qemu-nbd-direct", ([QEMU_NBD_DIRECT, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("nbd-server", (["", "splice=true\n"], None), &["nbd-server"]),
     ("nbd-server-plain", (["", ""], None), &["nbd-server"]),
+    ("flexnbd-tls", OURS_TLS, &[FLEXNBD]),
+    ("nbdkit-tls", NBDKIT_TLS, &["nbdkit"]),
+    ("qemu-nbd-tls", ([QEMU_NBD_TLS, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     (NULL, executed(["minimal-server --method=null", "--file"]), MINIMAL),
     (METHODS[0], executed(["minimal-server --method=copy-64k", "--file"]), MINIMAL),
     (METHODS[1], executed(["minimal-server --method=copy-256k", "--file"]), MINIMAL),
@@ -91,20 +110,31 @@ pub(crate) struct Server {
     program: PathBuf,
     #[serde(skip)]
     kind: Kind,
+    #[serde(skip)]
+    pub(crate) certificates: Option<Certificates>,
 }
 
 /// The servers with these names, if they are installed, and other builds of flexnbd.
 pub(crate) fn servers(names: &[String], also: &[(String, PathBuf)]) -> Result<Vec<Server>, Error> {
-    Ok(installed(names, also, &KINDS)?.into_iter().map(Server::new).collect())
+    let mut servers: Vec<Server> =
+        installed(names, also, &KINDS)?.into_iter().map(Server::new).collect();
+    if servers.iter().any(Server::has_tls) {
+        let certificates = Certificates::new()?;
+        for server in servers.iter_mut().filter(|server| server.has_tls()) {
+            server.certificates = Some(certificates.clone());
+        }
+    }
+    Ok(servers)
 }
 
 impl Server {
     fn new(Installed { name, kind, mut programs }: Installed<Kind>) -> Self {
         let program = programs.swap_remove(0);
-        let ours = kind == OURS || kind == OURS_DIRECT;
+        let ours = [OURS, OURS_DIRECT, OURS_TLS].contains(&kind);
         let version =
             if is_minimal(&name) { "of this benchmark".to_owned() } else { version(&program) };
-        let mut server = Self { name, ours, version, usage: String::new(), program, kind };
+        let (usage, certificates) = (String::new(), None);
+        let mut server = Self { name, ours, version, usage, program, kind, certificates };
         let image = if server.upstream().is_some() { "URI" } else { "IMAGE" };
         let image = Path::new(image);
         server.usage = if server.forks() {
@@ -113,6 +143,11 @@ impl Server {
             server.arguments(image, &[]).join(" ".as_ref()).to_string_lossy().into_owned()
         };
         server
+    }
+
+    /// Whether its clients use TLS.
+    pub(crate) fn has_tls(&self) -> bool {
+        self.kind.0[0].contains(CERTIFICATES)
     }
 
     /// Whether it is nbd-server, which forks for each session, runs in the background, and is slow
@@ -134,7 +169,11 @@ impl Server {
     }
 
     fn arguments(&self, image: &Path, listen: &[OsString]) -> Vec<OsString> {
-        let [before, after] = self.kind.0.map(|words| words.split(' ').map(OsString::from));
+        let directory =
+            self.certificates.as_ref().map(|found| found.directory.display().to_string());
+        let directory = directory.unwrap_or_else(|| CERTIFICATES.to_owned());
+        let word = |word: &str| OsString::from(word.replace(CERTIFICATES, &directory));
+        let [before, after] = self.kind.0.map(|words| words.split_whitespace().map(&word));
         let listen = listen.iter().cloned();
         before.chain(listen).chain(after).chain([image.into()]).collect()
     }
@@ -176,6 +215,8 @@ pub(crate) struct Running {
     pub(crate) pid: Pid,
     pub(crate) export: Export,
     process: Process,
+    /// The home directory of clients that use TLS.
+    pub(crate) home: Option<PathBuf>,
     _folder: TempDir,
     /// The server of a proxy.
     _upstream: Option<Box<Self>>,
@@ -200,9 +241,11 @@ impl Running {
         let mut command = server.command(source, &address, folder.path())?;
         let pid_file = folder.path().join("pid");
         let process = Process::start(&mut command, Stdio::null())?;
-        let export = Export { address, name: if server.forks() { EXPORT } else { "" } };
+        let tls = server.certificates.as_ref().map(|certificates| certificates.client.clone());
+        let export = Export { address, name: if server.forks() { EXPORT } else { "" }, tls };
+        let home = server.certificates.as_ref().map(|certificates| certificates.home.clone());
         let mut running =
-            Self { pid: process.pid, export, process, _folder: folder, _upstream: upstream };
+            Self { pid: process.pid, export, process, home, _folder: folder, _upstream: upstream };
         if server.forks() {
             running.process.wait_for_success(PATIENCE)?;
             running.process.wait_until(|| {

@@ -18,6 +18,7 @@ pub mod manager;
 pub mod mount;
 pub mod nested;
 pub mod package;
+pub mod pki;
 mod program;
 mod proto;
 pub mod proxy;

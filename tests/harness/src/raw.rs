@@ -5,15 +5,29 @@
 pub use crate::proto::*;
 use crate::{Endpoint, TIMEOUT, wait_until};
 use nix::sys::socket::{setsockopt, sockopt};
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
+}
+
+impl Stream {
+    /// The socket below TLS, if there is TLS.
+    fn tcp(&self) -> Option<&TcpStream> {
+        match self {
+            Stream::Tcp(tcp) => Some(tcp),
+            Stream::Tls(tls) => Some(&tls.sock),
+            Stream::Unix(_) => None,
+        }
+    }
 }
 
 /// One connection to a server. A failed connection or a violation of the protocol fails the test,
@@ -56,6 +70,7 @@ impl Wire {
         match &self.stream {
             Stream::Tcp(s) => s.set_read_timeout(timeout).unwrap(),
             Stream::Unix(s) => s.set_read_timeout(timeout).unwrap(),
+            Stream::Tls(s) => s.sock.set_read_timeout(timeout).unwrap(),
         }
     }
 
@@ -64,6 +79,7 @@ impl Wire {
         match &self.stream {
             Stream::Tcp(s) => s.set_write_timeout(timeout).unwrap(),
             Stream::Unix(s) => s.set_write_timeout(timeout).unwrap(),
+            Stream::Tls(s) => s.sock.set_write_timeout(timeout).unwrap(),
         }
     }
 
@@ -73,6 +89,7 @@ impl Wire {
         let fd = match &self.stream {
             Stream::Tcp(s) => s.as_raw_fd(),
             Stream::Unix(s) => s.as_raw_fd(),
+            Stream::Tls(_) => panic!("the kernel does not know how many bytes records have"),
         };
         wait_until("bytes of a reply", || {
             let mut arrived: nix::libc::c_int = 0;
@@ -84,10 +101,28 @@ impl Wire {
 
     /// Address and port of this end of a TCP connection.
     pub fn local_address(&self) -> String {
-        match &self.stream {
-            Stream::Tcp(s) => s.local_addr().unwrap().to_string(),
-            Stream::Unix(_) => panic!("not TCP"),
+        self.stream.tcp().expect("not TCP").local_addr().unwrap().to_string()
+    }
+
+    /// Does the TLS handshake as a client of `localhost`, after the server has acknowledged STARTTLS. The
+    /// error is that of the handshake. Bytes that have arrived before count as its first.
+    pub fn start_tls(self, config: &Arc<ClientConfig>) -> io::Result<Wire> {
+        let Stream::Tcp(tcp) = self.stream else { panic!("TLS is done once, over TCP") };
+        let name = "localhost".try_into().unwrap();
+        let session = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
+        let mut stream = StreamOwned::new(session, tcp);
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock)?;
         }
+        Ok(Wire { stream: Stream::Tls(Box::new(stream)) })
+    }
+
+    /// The protocol version and the cipher suite of TLS, by their names in rustls.
+    #[track_caller]
+    pub fn tls_terms(&self) -> String {
+        let Stream::Tls(tls) = &self.stream else { panic!("no TLS") };
+        let suite = tls.conn.negotiated_cipher_suite().unwrap().suite();
+        format!("{:?} {suite:?}", tls.conn.protocol_version().unwrap())
     }
 
     /// A second handle of the connection, to send and receive concurrently.
@@ -95,6 +130,7 @@ impl Wire {
         let stream = match &self.stream {
             Stream::Tcp(s) => Stream::Tcp(s.try_clone().unwrap()),
             Stream::Unix(s) => Stream::Unix(s.try_clone().unwrap()),
+            Stream::Tls(_) => panic!("a TLS session has one handle"),
         };
         Wire { stream }
     }
@@ -104,6 +140,7 @@ impl Wire {
         match &mut self.stream {
             Stream::Tcp(s) => s.write_all(bytes),
             Stream::Unix(s) => s.write_all(bytes),
+            Stream::Tls(s) => s.write_all(bytes),
         }
     }
 
@@ -112,6 +149,7 @@ impl Wire {
         match &mut self.stream {
             Stream::Tcp(s) => s.read(buffer),
             Stream::Unix(s) => s.read(buffer),
+            Stream::Tls(s) => s.read(buffer),
         }
     }
 
@@ -201,16 +239,20 @@ impl Wire {
     }
 
     /// Closes the direction to the server. Replies can still be received.
-    pub fn shutdown_write(&self) {
-        let _ = match &self.stream {
+    pub fn shutdown_write(&mut self) {
+        let _ = match &mut self.stream {
             Stream::Tcp(s) => s.shutdown(Shutdown::Write),
             Stream::Unix(s) => s.shutdown(Shutdown::Write),
+            Stream::Tls(s) => {
+                s.conn.send_close_notify();
+                s.flush().and_then(|()| s.sock.shutdown(Shutdown::Write))
+            }
         };
     }
 
     /// Closes the connection with a RST, as a crashed client does; a unix socket is only closed.
     pub fn reset(self) {
-        if let Stream::Tcp(s) = &self.stream {
+        if let Some(s) = self.stream.tcp() {
             let no_linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
             setsockopt(s, sockopt::Linger, &no_linger).unwrap();
         }

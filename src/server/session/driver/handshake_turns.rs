@@ -25,7 +25,7 @@ impl HandshakeTurns<'_> {
         handshake: &mut Handshake,
     ) -> Result<Turn, SessionEnd> {
         let Self { context: SessionContext { policy, .. }, registration } = self;
-        let stop = registration.control.current();
+        let stop = socket.stop_request();
         let blocked = handshake.advance(stop).inspect_err(|_| {
             // The end is known already.
             let _ = socket.send(&mut handshake.tx);
@@ -65,6 +65,11 @@ impl HandshakeTurns<'_> {
                 return Ok(Turn::Suspended);
             }
             HandshakeBlocked::Complete(negotiated) => return self.complete(negotiated),
+            HandshakeBlocked::StartTls => {
+                // An introduction before TLS could be an attacker's.
+                policy.on_session_end(registration.id);
+                return Ok(Turn::StartTls);
+            }
         }
         Ok(Turn::Continue)
     }

@@ -5,7 +5,7 @@ use crate::net::{Interest, Ready, Stream};
 use crate::server::end::SessionEnd;
 use crate::server::session::rx::Rx;
 use crate::server::session::tx::Tx;
-use crate::server::stop_request::SessionControl;
+use crate::server::stop_request::{SessionControl, StopRequest};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -106,6 +106,25 @@ impl<'a> SessionSocket<'a> {
     /// Whether the client sends nothing after the bytes that have arrived.
     pub(super) fn has_peer_ended(&self) -> bool {
         self.stream.has_peer_ended().is_ok_and(|ended| ended)
+    }
+
+    /// The stop request that counts now. A session whose connection another process cannot continue finishes instead
+    /// of being suspended.
+    pub(super) fn stop_request(&self) -> StopRequest {
+        match self.control.current() {
+            StopRequest::Suspend if !self.stream.is_transferable() => StopRequest::Finish,
+            request => request,
+        }
+    }
+
+    /// Frees the buffers of the connection.
+    pub(super) fn shrink(&self) {
+        self.stream.shrink();
+    }
+
+    /// Announces the end of the stream, where a protocol below NBD has a message for it.
+    pub(super) fn announce_end(&self) {
+        self.stream.announce_end();
     }
 
     /// Lets the client receive the last replies: closing a socket with unread requests makes the

@@ -53,7 +53,7 @@ impl<'a> TransmissionTurns<'a> {
         socket: &mut SessionSocket<'_>,
         engine: &mut Engine<'_>,
     ) -> Result<Turn, SessionEnd> {
-        let blocked = engine.advance(self.registration.control.current())?;
+        let blocked = engine.advance(socket.stop_request())?;
         if engine.take_has_completed() {
             self.registration.control.record_activity();
         }
@@ -173,6 +173,7 @@ impl<'a> TransmissionTurns<'a> {
         }
         if ready.timed_out && throttled.is_none() {
             engine.shrink();
+            socket.shrink();
         }
         Ok(())
     }

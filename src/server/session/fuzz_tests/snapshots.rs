@@ -3,8 +3,8 @@
 
 use super::disk::{DiskTraits, FuzzDisk, IdleNotifier, clocks};
 use crate::disk::Disk;
-use crate::nbd::handshake::BlockSizes;
 use crate::nbd::handshake::server::Export;
+use crate::nbd::handshake::{BlockSizes, TlsOffer};
 use crate::nbd::wire::ErrorCode;
 use crate::nbd::wire::TransmissionFlags;
 use crate::server::export_policy::{ExportPolicy, SessionId, SessionsView};
@@ -82,6 +82,7 @@ fn restore(snapshot: SessionSnapshot) {
         policy: &policy,
         export: &export,
         style: Style::Newstyle,
+        tls: TlsOffer::Unsupported,
         notifier: Arc::new(notifier),
         payloads: &PayloadMemory::new(1 << 20),
         client: (String::new(), id),

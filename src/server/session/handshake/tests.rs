@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::nbd::handshake::BlockSizes;
+use crate::nbd::handshake::TlsOffer;
 use crate::nbd::handshake::option::encode_option;
 use crate::nbd::handshake::server::ProtocolViolation;
 use crate::nbd::wire::{OptionKind, PRIVATE_OPTION, TransmissionFlags};
@@ -69,7 +70,12 @@ struct Scripted {
 
 impl Scripted {
     fn new(style: Style) -> Self {
-        Self::with(Handshake::new(&export(), style, now() + HANDSHAKE_TIMEOUT, clocks()))
+        Self::with_tls(style, TlsOffer::Unsupported)
+    }
+
+    fn with_tls(style: Style, tls: TlsOffer) -> Self {
+        let deadline = now() + HANDSHAKE_TIMEOUT;
+        Self::with(Handshake::new(&export(), style, tls, deadline, clocks()))
     }
 
     fn newstyle(bytes: &[u8]) -> Self {
@@ -146,7 +152,14 @@ impl Scripted {
         let rx = Rx::restore(&snapshot.inbox).unwrap();
         let tx = Tx::restore(snapshot.outbox, export().size).unwrap();
         let (position, deadline) = (saved.position().unwrap(), now() + HANDSHAKE_TIMEOUT);
-        let handshake = Handshake::restore(&export(), position, (rx, tx), deadline, clocks());
+        let handshake = Handshake::restore(
+            &export(),
+            position,
+            (rx, tx),
+            TlsOffer::Unsupported,
+            deadline,
+            clocks(),
+        );
         Self { handshake, stop: StopRequest::Serve, ..self }
     }
 

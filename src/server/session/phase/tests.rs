@@ -3,6 +3,7 @@
 use super::*;
 use crate::disk::memory_backend::MemoryBackend;
 use crate::disk::slow_backend::TestNotifier;
+use crate::nbd::handshake::TlsOffer;
 use crate::nbd::handshake::option::encode_option;
 use crate::nbd::reply::Dialect;
 use crate::nbd::request::RequestHeader;
@@ -29,6 +30,7 @@ fn context<'a>(disk: &'a Disk, export: &'a Export, style: Style) -> SessionConte
         policy: &AllowAll,
         export,
         style,
+        tls: TlsOffer::Unsupported,
         notifier: Arc::new(TestNotifier::default()),
         payloads: &PAYLOADS,
         client: (String::new(), 7),

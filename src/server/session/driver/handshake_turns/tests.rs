@@ -5,6 +5,7 @@ use super::*;
 use crate::disk::Disk;
 use crate::disk::memory_backend::MemoryBackend;
 use crate::disk::slow_backend::TestNotifier;
+use crate::nbd::handshake::TlsOffer;
 use crate::nbd::handshake::option::encode_option;
 use crate::nbd::wire::{OptionKind, PRIVATE_OPTION};
 use crate::net::{Peer, Stream};
@@ -72,6 +73,7 @@ fn turns(
         policy,
         export: &export,
         style: Style::Newstyle,
+        tls: TlsOffer::Unsupported,
         notifier: Arc::new(TestNotifier::default()),
         payloads: &PAYLOADS,
         client: (String::new(), registration.id),
