@@ -40,3 +40,5 @@ mod proxy;
 mod relay;
 #[path = "vm/restart.rs"]
 mod restart;
+#[path = "vm/tls.rs"]
+mod tls;

@@ -262,7 +262,8 @@ fn documented_option_ranges_match_the_program() {
 }
 
 #[test]
-fn the_documented_instance_socket_matches() {
+fn documented_files_match_the_program() {
     let name: instance::Instance = "NAME".parse().unwrap();
-    assert_eq!(page().items("FILES"), [format!("Pa {}", name.socket().display())]);
+    let files = [net::tls::CLIENT_TRUST_STORE.to_owned(), name.socket().display().to_string()];
+    assert_eq!(page().items("FILES"), files.map(|path| format!("Pa {path}")));
 }

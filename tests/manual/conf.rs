@@ -79,28 +79,37 @@ fn load(mode: &str, text: &str) -> Option<Config> {
 }
 
 /// Valid configurations; [`OTHER_VALUES`] has a different value for each key.
-fn bases() -> [BTreeMap<&'static str, &'static str>; 3] {
+fn bases() -> [BTreeMap<&'static str, &'static str>; 5] {
     let open = BTreeMap::from([("FILE", "/dev/a"), ("ADDR", "::"), ("PORT", "7")]);
     let open = open.into_iter().chain([("IP_FILTER", "yes")]).collect::<BTreeMap<_, _>>();
     let listed = open.clone().into_iter().chain([("ACL", "::1")]).collect();
     let proxy = BTreeMap::from([("TO", "nbd://a"), ("ADDR", "::"), ("PORT", "7")]);
-    [open, listed, proxy]
+    let tls = [("TLS_CERT", "/c"), ("TLS_CA", "/a")];
+    let secured = open.clone().into_iter().chain(tls).collect();
+    let secured_proxy = proxy.clone().into_iter().chain(tls).chain([("TO_TLS_CERT", "/c")]);
+    let secured_proxy = secured_proxy.collect();
+    [open, listed, secured, proxy, secured_proxy]
 }
 
 /// Another valid value for each key.
-const OTHER_VALUES: [(&str, &str); 29] = [
+const OTHER_VALUES: [(&str, &str); 39] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
     ("HOLES", "ignore"),
     ("DIRECT", "yes"),
     ("RELAY", "yes"),
-    ("TO", "nbd+unix:///?socket=/tmp/a"),
+    ("TO", "nbds+unix:///?socket=/tmp/a&tls-hostname=a"),
     ("BIND", "::1"),
     ("CACHE", "4K"),
     ("UNFLUSHED", "1M"),
     ("CONNECTIONS", "2"),
     ("TIMEOUT", "7"),
+    ("TO_TLS", "on"),
+    ("TO_TLS_CA", "/b"),
+    ("TO_TLS_CERT", "/b"),
+    ("TO_TLS_KEY", "/b"),
+    ("TO_TLS_HOSTNAME", "b"),
     ("ADDR", "::1"),
     ("PORT", "8"),
     ("EXPORT", "disk"),
@@ -112,6 +121,11 @@ const OTHER_VALUES: [(&str, &str); 29] = [
     ("MAX_CLIENTS", "2000"),
     ("MAX_CLIENTS_PER_ADDRESS", "2"),
     ("PAYLOAD_MEMORY", "2M"),
+    ("TLS", "require"),
+    ("TLS_CERT", "/b"),
+    ("TLS_KEY", "/b"),
+    ("TLS_CA", "/b"),
+    ("TLS_ALLOW", "b"),
     ("KILLSWITCH", "yes"),
     ("IDLE_EXIT", "7"),
     ("SOCK", "/run/x"),

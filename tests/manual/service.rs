@@ -362,8 +362,14 @@ fn documented_exit_statuses_match_the_units() {
 #[test]
 fn exactly_the_variables_read_are_listed() {
     /// Variables that dependencies read.
-    const DEPENDENCIES: [&str; 5] =
-        ["LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM"];
+    const DEPENDENCIES: [&str; 6] = [
+        "LISTEN_FDS",
+        "LISTEN_PID",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+        "JOURNAL_STREAM",
+        "CREDENTIALS_DIRECTORY",
+    ];
     /// Variables of the generator, of another page, or of the unit tests.
     const UNLISTED: [&str; 7] = [
         "SYSTEMD_SCOPE",

@@ -54,7 +54,7 @@ const PROGRAMS: [&str; 16] = [
 ];
 
 /// The kernel modules that are loaded in a machine of [`with_kernel`].
-const MODULES: &str = "nbd xfs btrfs sch_netem loop dm_log_writes";
+const MODULES: &str = "nbd xfs btrfs sch_netem loop dm_log_writes tls gcm ctr aesni_intel";
 
 /// Runs `body` as root in a machine that has a kernel, a file system in memory, and [`PROGRAMS`].
 /// `body` must be the closure of a test function that does nothing else: its type name yields the
