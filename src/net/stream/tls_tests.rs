@@ -229,6 +229,21 @@ fn garbage_instead_of_a_handshake_is_refused() {
 }
 
 #[test]
+fn a_handshake_in_countless_records_is_refused() {
+    for (near, far) in plain_kinds() {
+        let server = thread::spawn(|| near.start_tls(&ROLES[0], &mut wait).map(drop));
+        // The begin of a long ClientHello, one byte in each record.
+        let hello = [1, 0, 0xff, 0xff].into_iter().chain(std::iter::repeat_n(0, 0xffff));
+        let records: Vec<u8> = hello.flat_map(|byte| [22, 3, 1, 0, 1, byte]).collect();
+        // The server may have closed the connection.
+        let _ = far.send_all(&records, LONG);
+        let _ = far.shutdown_write();
+        let refused = server.join().expect("no panic").unwrap_err().to_string();
+        assert!(refused.contains("in too many records"), "{refused}");
+    }
+}
+
+#[test]
 fn idle_streams_free_their_buffers() {
     for (near, far) in both_kinds() {
         far.send_all(b"hello", LONG).unwrap();

@@ -229,7 +229,10 @@ fn send_records(socket: BorrowedFd<'_>, session: &mut TlsSession) -> io::Result<
 /// Receives until the end of a record; false if the rest has not arrived.
 fn receive_record(socket: BorrowedFd<'_>, session: &mut TlsSession) -> io::Result<bool> {
     loop {
-        match receive_now(socket, session.record_space()) {
+        let Some(space) = session.record_space() else {
+            return Err(io::Error::other("a message of the TLS handshake is in too many records"));
+        };
+        match receive_now(socket, space) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(count) => {
                 if session.record_received(count) {

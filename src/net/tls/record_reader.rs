@@ -33,11 +33,6 @@ impl RecordReader {
         }
         complete
     }
-
-    /// Whether these bytes begin with a whole record.
-    pub(super) fn has_whole_record(bytes: &[u8]) -> bool {
-        bytes.first_chunk().is_some_and(|header| bytes.len() >= length(*header))
-    }
 }
 
 /// Length of a record with this header, header included.
@@ -67,15 +62,5 @@ mod tests {
             assert_eq!(ends, [7, 12], "{most} bytes at a time");
             assert_eq!(reader.wanted(), 256);
         }
-    }
-
-    #[test]
-    fn a_whole_record_has_its_header_and_all_bytes() {
-        let record = [23, 3, 3, 0, 1, 9];
-        for length in 0..6 {
-            assert!(!RecordReader::has_whole_record(&record[..length]));
-        }
-        assert!(RecordReader::has_whole_record(&record));
-        assert!(RecordReader::has_whole_record(&[23, 3, 3, 0, 0, 1]));
     }
 }

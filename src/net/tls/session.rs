@@ -49,6 +49,9 @@ pub(in crate::net) struct TlsSession {
     /// How many bytes of the user are in `outgoing`.
     accepted: usize,
     record: RecordReader,
+    /// Records have been received, and perhaps not all of them processed. Not the same as a whole record in
+    /// `incoming`: a part of a message stays there until the rest arrives.
+    unprocessed: bool,
     peer_closed: bool,
     /// The session failed; records that say why may still be in `outgoing`.
     failure: Option<rustls::Error>,
@@ -120,6 +123,7 @@ impl TlsSession {
             outgoing: Bytes::default(),
             accepted: 0,
             record: RecordReader::default(),
+            unprocessed: false,
             peer_closed: false,
             failure: None,
         }
@@ -143,17 +147,18 @@ impl TlsSession {
         }
     }
 
-    /// Space for the rest of the record that is being received, or of its header.
-    pub(in crate::net) fn record_space(&mut self) -> &mut [u8] {
+    /// Space for the rest of the record that is being received, or of its header. `None` if a message is in so many
+    /// small records that they do not fit.
+    pub(in crate::net) fn record_space(&mut self) -> Option<&mut [u8]> {
         let wanted = self.record.wanted();
-        &mut self.incoming.space(INCOMING_MAX)[..wanted]
+        self.incoming.space(INCOMING_MAX).get_mut(..wanted)
     }
 
     /// This many bytes were received into [`TlsSession::record_space`]. True at the end of a record.
     pub(in crate::net) fn record_received(&mut self, count: usize) -> bool {
         let end = self.incoming.end;
         self.record.advance(&self.incoming.buffer[end..end + count]);
-        self.incoming.end += count;
+        self.received(count);
         self.record.is_complete()
     }
 
@@ -165,6 +170,7 @@ impl TlsSession {
     /// This many bytes were received into [`TlsSession::space`].
     pub(in crate::net) fn received(&mut self, count: usize) {
         self.incoming.end += count;
+        self.unprocessed = true;
     }
 
     /// Decrypts as many bytes as have been received whole and fit. `None` if a record is incomplete, 0 at the end
@@ -191,6 +197,7 @@ impl TlsSession {
                 Err(error) => return Err(error),
             };
             if matches!(step, TlsStep::NeedsInput | TlsStep::Ready) {
+                self.unprocessed = false;
                 break;
             }
         }
@@ -200,9 +207,7 @@ impl TlsSession {
 
     /// Whether [`TlsSession::decrypt`] may return bytes although nothing else is received.
     pub(in crate::net) fn has_decrypted(&self) -> bool {
-        !self.decrypted.is_empty()
-            || self.peer_closed
-            || RecordReader::has_whole_record(self.incoming.bytes())
+        !self.decrypted.is_empty() || self.peer_closed || self.unprocessed
     }
 
     /// Encrypts data from the front of these pieces, when no records are left to send. How much, is
