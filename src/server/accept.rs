@@ -14,6 +14,7 @@ use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
 use crate::nbd::handshake::server::ServerHandshake;
 use crate::nbd::introduction::Introduction;
+use crate::net::tls::TlsMode;
 use crate::net::{Listener, Peer, Stream, wait_readable};
 use crate::systemd::log_limit::PERIOD;
 use nix::sys::resource::{Resource, getrlimit};
@@ -324,6 +325,13 @@ pub(super) fn restore(
     let introduction = snapshot.introduction.as_deref().map(Introduction::decode);
     if introduction == Some(None) {
         return warn!("flexnbd.session" = session, "closed a session taken over: {UNKNOWN_CLIENT}");
+    }
+    let requires_tls = shared.tls().is_some_and(|tls| tls.mode() == TlsMode::Require);
+    if requires_tls && !stream.is_tls() {
+        return warn!(
+            "flexnbd.session" = session,
+            "closed a session taken over: it is not encrypted, and TLS is required now"
+        );
     }
     let handshake_since = snapshot.is_in_handshake().then(Instant::now);
     let registered = stream.peer().map_err(|error| error.to_string()).and_then(|peer| {

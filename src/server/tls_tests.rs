@@ -112,6 +112,22 @@ fn sessions_end_where_a_restart_would_suspend_them() {
     assert_eq!(&kept, b"kept");
 }
 
+#[test]
+fn plain_sessions_go_on_after_a_restart_unless_tls_is_required() {
+    for (mode, goes_on) in [(TlsMode::On, true), (TlsMode::Require, false)] {
+        let mut fixture = serve(TlsMode::On, SessionSettings::default());
+        let mut client = fixture.connect(false).unwrap();
+        client.write(0, b"plain").unwrap();
+        let stored = fixture.server.suspend(9, TIMEOUT);
+        assert_eq!(stored.streams.len(), 1);
+        let next = serve(mode, SessionSettings::default());
+        let allow_all = ServerConfig::allow_all(vec![listen().0], &fixture.disk);
+        let tls = Some(Arc::clone(&next.tls));
+        let _next = Server::start(ServerConfig { tls, stored, ..allow_all }).unwrap();
+        assert_eq!(client.write(0, b"later").is_ok(), goes_on, "{mode:?}");
+    }
+}
+
 /// The bytes up to the reply to STARTTLS, and then `more`, either at once or after the reply.
 fn start_tls(address: &Address, more: &[u8], at_once: bool) -> std::net::TcpStream {
     let mut stream = connect_tcp(address);
