@@ -39,7 +39,7 @@ fn every_usage_error_has_its_message() {
         ("read --from 0 --size 1025M --addr ::1 --port 1", "`1025M`"),
         ("read --from 4611686018427387905 --size 1 --addr ::1 --port 1", "4611686018427387905"),
         ("read --from x --size 1 --addr ::1 --port 1", "`x`"),
-        ("read --from 0 --size 1 --uri nbds://localhost", "TLS"),
+        ("read --from 0 --size 1 --uri nbd+vsock://localhost", "nbd+vsock"),
         ("read --from 0 --size 1 --uri http://localhost", "http"),
         ("read --from 0 --size 1 --uri nbd+unix:///", "socket"),
         ("read --from 0 --size 1 --uri nbd://localhost --port 1", "cannot go with"),

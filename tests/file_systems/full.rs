@@ -54,17 +54,18 @@ fn check_full(directory: &Path, flags: &[&str]) {
     fs::remove_file(filler).unwrap();
     victim.ok(Request::write(HALF, &megabyte).flags(FUA));
     assert_eq!(victim.read(HALF, MIB), megabyte);
-    drop((victim, other, server));
-    fs::remove_file(&host.image).unwrap();
 }
 
 #[test]
 fn only_the_write_without_space_fails() {
     for kind in KINDS.iter().filter(|kind| ["xfs", "ext4", "tmpfs"].contains(&kind.name)) {
-        let Some(mounted) = Mounted::new(*kind) else { continue };
-        check_full(mounted.path(), &[]);
-        if kind.name != "tmpfs" {
-            check_full(mounted.path(), &["--direct"]);
+        // A new file system each time: one frees the space of a deleted image when it likes.
+        for flags in [&[][..], &["--direct"]] {
+            if kind.name == "tmpfs" && !flags.is_empty() {
+                continue;
+            }
+            let Some(mounted) = Mounted::new(*kind) else { continue };
+            check_full(mounted.path(), flags);
         }
     }
 }
