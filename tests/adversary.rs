@@ -17,3 +17,5 @@ mod requests;
 mod script;
 #[path = "adversary/servers.rs"]
 mod servers;
+#[path = "adversary/tls.rs"]
+mod tls;

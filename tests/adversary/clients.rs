@@ -4,7 +4,8 @@
 use crate::honest::{LATENCY_MAX, Observed, serve_honestly};
 use crate::requests::SIZE;
 use crate::script::{Case, Link};
-use crate::{control, handshakes, requests};
+use crate::{control, handshakes, requests, tls};
+use harness::pki::{Pki, Request};
 use harness::{
     Builder, Endpoint, MIB, Program, Resources, Server, TIMEOUT, TempDir, noise, poll_until,
     sparse_image, temp_dir, write_at,
@@ -19,6 +20,8 @@ use std::thread;
 const AT_ONCE: usize = 6;
 /// Sessions of the adversary with one server.
 const SESSIONS: usize = 10_000;
+/// Those with a server that offers TLS.
+const TLS_SESSIONS: usize = 2_000;
 /// Growth of memory from the end of the first round of cases to the end of the last one.
 const GROWTH_MAX: u64 = 8 * MIB;
 /// Memory that the allocator may retain after the first round.
@@ -161,6 +164,17 @@ fn an_honest_client_of_a_server_notices_no_attack() {
 #[test]
 fn an_honest_client_of_an_oldstyle_server_notices_no_attack() {
     Target::serve(&["--oldstyle"]).withstand(&requests::oldstyle_cases(), 0, true);
+}
+
+#[test]
+fn an_honest_client_of_a_server_with_tls_notices_no_attack() {
+    let pki = Pki::new();
+    let identity = pki.issue("server", &Request::server());
+    let [cert, key] = [&identity.cert, &identity.key].map(|path| path.display().to_string());
+    let cases = tls::cases(&pki);
+    assert!(cases.len() > 400, "only {} cases", cases.len());
+    let target = Target::serve(&["--tls", "on", "--tls-cert", &cert, "--tls-key", &key]);
+    target.withstand(&cases, TLS_SESSIONS, false);
 }
 
 #[test]
