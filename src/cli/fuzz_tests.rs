@@ -7,6 +7,7 @@ use super::instance::{self, Instance};
 use super::settings::Settings;
 use super::size::parse_size;
 use super::uri::{self, Target};
+use crate::net::tls::TlsMode;
 use crate::net::{Address, Host, Remote, parse_port};
 use crate::server::acl::Acl;
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
@@ -59,14 +60,19 @@ fn uri(text: &str) {
     let Ok(target) = uri::parse(text) else { return };
     let encode = |bytes: &[u8]| percent_encode(bytes, NON_ALPHANUMERIC).to_string();
     let export = encode(target.export.as_bytes());
+    let scheme = if target.tls.mode == TlsMode::Off { "nbd" } else { "nbds" };
+    let hostname = target.tls.hostname.as_ref().map(|name| encode(name.as_bytes()));
+    let hostname = hostname.map(|name| format!("tls-hostname={name}"));
     let written = match &target.remote {
         Remote::Host { port, .. } => {
             assert_ne!(*port, 0);
-            format!("nbd://{}/{export}", target.remote)
+            let query = hostname.map(|name| format!("?{name}")).unwrap_or_default();
+            format!("{scheme}://{}/{export}{query}", target.remote)
         }
         Remote::Unix(path) => {
             let path = encode(path.as_os_str().as_bytes());
-            format!("nbd+unix:///{export}?socket={path}")
+            let more = hostname.map(|name| format!("&{name}")).unwrap_or_default();
+            format!("{scheme}+unix:///{export}?socket={path}{more}")
         }
     };
     assert_eq!(uri::parse(&written), Ok(target), "{written}");
