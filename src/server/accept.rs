@@ -57,7 +57,7 @@ fn log_unlogged(shared: &ServerShared, now: Instant) -> Option<Instant> {
     let (counts, due) = shared.sessions.take_unlogged(now);
     for (network, count) in counts {
         let origin = network.map_or_else(|| "elsewhere".to_owned(), |network| network.to_string());
-        warn!(
+        info!(
             "flexnbd.client" = origin,
             "flexnbd.clients" = count,
             "{count} more sessions of {origin} began and were not logged"
