@@ -1,5 +1,5 @@
-//! TLS between flexnbd and other programs, in both roles: what is negotiated, who is trusted, and what a
-//! reload changes. Certificates are made for each test.
+//! TLS between flexnbd and other programs, in both roles: the negotiation, the trusted names, and the effect of
+//! a reload. Certificates are made for each test.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

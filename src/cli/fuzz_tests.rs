@@ -1,5 +1,5 @@
 //! Fuzz targets of what operators write (`tests/fuzz`): configuration files, and words such as URIs,
-//! addresses, sizes and entries of access control lists. What is accepted is written and read again with the
+//! addresses, sizes and entries of access control lists. An accepted word is written and read again with the
 //! same meaning.
 
 use super::config::{parse, salvage};

@@ -213,7 +213,7 @@ fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> RequestHe
 pub struct ClientOutcome {
     /// The answer to the private option, if any.
     pub private_reply: Option<Vec<u8>>,
-    /// The connection, which may be encrypted now, and what was agreed on.
+    /// The connection, which may be encrypted now, and the negotiated parameters.
     pub agreed: Result<(Stream, Agreement), ClientError>,
 }
 

@@ -1,5 +1,5 @@
 //! Fuzz target of the control socket (`tests/fuzz`): arbitrary bytes as a command, and as the reply of a
-//! server. What is parsed and can be encoded is parsed from its encoding again.
+//! server. A parsed value that can be encoded is parsed from its encoding again.
 
 use super::command::{Incoming, LINE_BYTES_MAX, LINES_MAX};
 use super::status::{Status, line, pairs, to_json};

@@ -41,7 +41,7 @@ pub(super) struct Confinement {
     no_tcp_connect: bool,
     /// The user to become, until the process is that user.
     account: Cell<Option<Account>>,
-    /// What is in force, as a word of `status`, once it is.
+    /// The restrictions in force, as a word of `status`; none before.
     in_force: Cell<Option<&'static str>>,
 }
 
@@ -136,7 +136,7 @@ impl Confinement {
         self.enter(self.needs.clone());
     }
 
-    /// What is in force, for `status`.
+    /// The restrictions in force, as a word of `status`.
     pub(super) fn word(&self) -> &'static str {
         self.in_force.get().unwrap_or(OFF)
     }
@@ -173,7 +173,7 @@ fn with_targets(mut paths: Vec<PathBuf>) -> Vec<PathBuf> {
     paths
 }
 
-/// The files that a reload reads for TLS, and those that `mirror` may name: the authorities of the host, and
+/// The files that a reload reads for TLS, and that `mirror` may name: the authorities of the host, and
 /// credentials.
 fn tls_files(config: &Config) -> Vec<PathBuf> {
     let server = config.admission.tls.as_ref().map(|tls| &tls.files);

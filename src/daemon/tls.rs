@@ -179,7 +179,7 @@ fn log(warning: &TlsWarning) {
 #[derive(Debug)]
 pub(super) struct ExpiryWatch {
     next_check: Instant,
-    /// What was logged last, and when.
+    /// The last warnings, and their time.
     logged: Option<(Vec<TlsFilesExpiry>, Instant)>,
 }
 

@@ -1,5 +1,5 @@
 //! Fuzz target of single messages (`tests/fuzz`): headers and chunks of the transmission phase, and the
-//! introduction of a client. What is decoded encodes to the same bytes, as far as it is known.
+//! introduction of a client. A decoded value encodes to the same bytes, as far as its fields are known.
 
 use super::introduction::Introduction;
 use super::reply::{Chunk, Dialect, ReplyHeader};

@@ -6,7 +6,7 @@
 //! * A [`Stream`] can begin TLS ([`Stream::start_tls`]); its users send and receive as before.
 //! * [`resolve_within`] finds the addresses of a host, and [`connect_first`] connects to the first of several.
 //! * [`Peer`] is the address or process of the client.
-//! * [`tls`]: certificates, keys, and what is accepted from a peer.
+//! * [`tls`]: certificates, keys, and the demands on a peer.
 //! * [`Wake`] wakes a waiting thread from another one.
 //!
 //! Every descriptor created here is close-on-exec. Reads and writes never block (`MSG_DONTWAIT`),

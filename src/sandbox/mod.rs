@@ -1,7 +1,7 @@
 //! Confines the process: from then on it opens only the files that it needs, calls only the system calls
 //! that it uses, and never gains a privilege.
 //! Best effort: [`enter`] never fails, because a server must also work where the kernel lacks a part, or
-//! a container forbids it; [`Confined`] tells what is in force. It never decides which files are needed.
+//! a container forbids it; [`Confined`] names the restrictions in force. It never decides which files are needed.
 //!
 //! Two parts of the kernel, independent of each other:
 //!
@@ -71,7 +71,7 @@ impl Confined {
     }
 }
 
-/// For the log: what is in force, and why the rest is not.
+/// For the log: the restrictions in force, and why the others are not.
 impl fmt::Display for Confined {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let part = |without: &Option<String>| match without {

@@ -1,7 +1,7 @@
 //! Memory for the payloads of requests, over all sessions of a server.
 //! A session never waits for another one: it has [`OWN_MEMORY`] for itself, enough to have a read and a
 //! write in flight, so that it goes on when one of them completes. More than that comes out of a memory
-//! that all share: a session may take what is left if its share does not exceed that. So the shares of
+//! that all share: a session may take the rest if its share does not exceed it. So the shares of
 //! many busy sessions are equal, and a session that begins later finds some memory left.
 //!
 //! Sessions that use little never touch the shared counter.

@@ -8,7 +8,7 @@ use harness::session::{MODES, Mode};
 
 /// The disk of every server under attack.
 pub(crate) const SIZE: u64 = 16 * MIB;
-/// Where the adversary may write; honest clients use what is before.
+/// Where the adversary may write; honest clients use the part before.
 const OURS: u64 = 12 * MIB;
 /// The cookie of the adversary's requests.
 const COOKIE: u64 = 0x1111_1111_1111_1111;

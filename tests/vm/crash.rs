@@ -110,7 +110,7 @@ impl Part {
     }
 }
 
-/// What was promised about the disk of one host.
+/// The promises about the disk of one host.
 struct Promised {
     /// Numbers of the promises that hold while the disk is this host's.
     durable: Range<usize>,
@@ -316,7 +316,7 @@ impl Run {
         Run { hosts, history, promised, log: device.finish(), state, _dir: dir }
     }
 
-    /// Fails unless the hosts have what was promised. `step` is that of their records.
+    /// Fails unless the hosts keep the promises. `step` is that of their records.
     #[track_caller]
     fn assert_kept(
         &self,

@@ -7,7 +7,7 @@ use crate::migration::job::{Event, RecordKind};
 use std::time::SystemTime;
 
 impl Source {
-    /// A disk with a failed flush stays: what is read here may differ from what clients have written, and
+    /// A disk with a failed flush stays: its content may differ from the writes of clients, and
     /// a flush at the destination would cover that up.
     pub(super) fn flush_failure(&self) -> Option<Event> {
         let image = self.record_store.path().display();

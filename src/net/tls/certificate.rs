@@ -23,7 +23,7 @@ pub struct Validity {
     pub not_after: Duration,
 }
 
-/// What is to be said about the end of a certificate.
+/// A warning about the end of a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CertificateExpiry {
     /// It is not valid yet, but from this time, in seconds since 1970.
@@ -65,7 +65,7 @@ impl Validity {
         Ok(whole)
     }
 
-    /// What is to be said at this moment; `None` while the end is far.
+    /// The warning at this moment; `None` while the end is far.
     #[must_use]
     pub fn expiry(&self, now: SystemTime) -> Option<CertificateExpiry> {
         let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

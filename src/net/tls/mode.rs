@@ -10,7 +10,7 @@ pub enum TlsMode {
     /// Never.
     #[default]
     Off,
-    /// If the peer wants it as well. Protects from readers of the network only, because whoever can change
+    /// If the peer wants it as well. Protects from readers of the network only, because an attacker who can change
     /// its packets can also prevent TLS.
     On,
     /// Always; a peer without TLS gets nothing.

@@ -35,7 +35,7 @@ pub(in crate::server) struct Session<'a> {
     pub(in crate::server) cpus: usize,
 }
 
-/// What is left of a session.
+/// The end of a session, and the parts that outlive it.
 #[derive(Debug)]
 pub(in crate::server) struct EndedSession {
     pub(in crate::server) end: SessionEnd,

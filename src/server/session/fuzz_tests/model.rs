@@ -30,7 +30,7 @@ const ENOSPC: u32 = 28;
 const EOVERFLOW: u32 = 75;
 const ENOTSUP: u32 = 95;
 
-/// What was negotiated.
+/// The result of the negotiation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Contract {
     /// Old style: simple replies, and other errors.

@@ -1,4 +1,4 @@
-//! Arbitrary snapshots of sessions. What can be decoded is encoded again to the same sessions; a session that
+//! Arbitrary snapshots of sessions. A decoded snapshot is encoded again to the same sessions; a session that
 //! can be restored either fits the disk or is refused, and then does all its work without a fault of ours.
 
 use super::disk::{DiskTraits, FuzzDisk, IdleNotifier, clocks};
