@@ -30,7 +30,7 @@ fn assert_confined() {
     let status = ok("flexnbd status --instance disk");
     assert!(status.contains(" sandbox=landlock,seccomp"), "{status}");
     ok(
-        "cd /etc/flexnbd && mkdir -p /srv/other && mv disk.conf /srv/other && ln -s /srv/other/disk.conf .",
+        "cd /etc/flexnbd && mkdir -p /srv/other && cp disk.conf /srv/other && ln -sf /srv/other/disk.conf .",
     );
     let (reloads, text) = sh("flexnbd reload --instance disk");
     assert!(!reloads && text.contains("permission denied"), "{text}");

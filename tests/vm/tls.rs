@@ -201,9 +201,10 @@ fn encrypted_clients_live_through_ten_restarts() {
             )
             .split_whitespace(),
         );
+        // fio connects twice, the first time for the size.
         wait_until("fio to connect", || {
             fio.assert_running();
-            kernel_sessions() == 4
+            service.stderr().matches(" connected").count() == 5 && kernel_sessions() == 4
         });
         let (stop, rounds) = (AtomicBool::new(false), [0; 3].map(AtomicU64::new));
         thread::scope(|scope| {
