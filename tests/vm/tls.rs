@@ -196,7 +196,7 @@ fn encrypted_clients_live_through_ten_restarts() {
         let uri = format!("nbds://127.0.0.1:{}", fixture.manager.address().port());
         let mut fio = Fio::start(
             format!(
-                "--ioengine=nbd --uri={uri} --iodepth=8 --bsrange=4k-64k --offset={} --size=16m",
+                "--ioengine=nbd --uri={uri} --iodepth=8 --verify_backlog=16 --bsrange=4k-64k --offset={} --size=16m",
                 3 * PART
             )
             .split_whitespace(),
