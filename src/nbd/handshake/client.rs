@@ -80,7 +80,20 @@ pub enum HandshakeFailure {
 /// Most characters of a server's message that are shown to an operator.
 pub(super) const MESSAGE_SHOWN_MAX: usize = 256;
 
-const OTHER_OPTION: &str = "it answered another option than the one asked";
+/// The reply to this option, and its length; `None` if it is incomplete.
+fn decode_reply(
+    asked: u32,
+    input: &[u8],
+) -> Result<Option<(OptionReply, usize)>, HandshakeFailure> {
+    match OptionReply::decode(input).map_err(HandshakeFailure::Malformed)? {
+        Some(((option, reply), used)) if option == asked => Ok(Some((reply, used))),
+        Some(_) => {
+            let other = "it answered another option than the one asked";
+            Err(HandshakeFailure::Unexpected(other))
+        }
+        None => Ok(None),
+    }
+}
 
 fn reason(number: u32) -> &'static str {
     match OptionReplyKind::try_from(number) {
@@ -249,11 +262,9 @@ impl ClientHandshake {
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(usize, ClientStep), HandshakeFailure> {
-        let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
-        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::NeedInput)) };
-        if option != OptionKind::StartTls.number() {
-            return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
-        }
+        let Some((reply, used)) = decode_reply(OptionKind::StartTls.number(), input)? else {
+            return Ok((0, ClientStep::NeedInput));
+        };
         match reply {
             OptionReply::Ack => return Ok((used, ClientStep::StartTls)),
             OptionReply::Error { .. } if self.offer.tls == TlsWish::IfSupported => {
@@ -298,11 +309,9 @@ impl ClientHandshake {
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(usize, ClientStep), HandshakeFailure> {
-        let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
-        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::NeedInput)) };
-        if option != PRIVATE_OPTION {
-            return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
-        }
+        let Some((reply, used)) = decode_reply(PRIVATE_OPTION, input)? else {
+            return Ok((0, ClientStep::NeedInput));
+        };
         let is_first = self.state == ClientState::Private;
         match reply {
             OptionReply::Other { number: PRIVATE_OPTION, data } if is_first => {
@@ -361,11 +370,9 @@ impl ClientHandshake {
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(usize, ClientStep), HandshakeFailure> {
-        let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
-        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::NeedInput)) };
-        if option != kind.number() {
-            return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
-        }
+        let Some((reply, used)) = decode_reply(kind.number(), input)? else {
+            return Ok((0, ClientStep::NeedInput));
+        };
         let next = match (kind, reply) {
             (_, OptionReply::Export { size, flags }) => {
                 self.export = Some((size, flags));

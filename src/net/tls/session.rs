@@ -210,8 +210,8 @@ impl TlsSession {
         !self.decrypted.is_empty() || self.peer_closed || self.unprocessed
     }
 
-    /// Encrypts data from the front of these pieces, when no records are left to send. How much, is
-    /// [`TlsSession::take_accepted`] once they are sent.
+    /// Encrypts data from its front, when no records are left to send. [`TlsSession::take_accepted`] returns how
+    /// much, once they are sent.
     ///
     /// # Errors
     /// The session has failed.
