@@ -54,31 +54,10 @@ pub fn is_usable() -> bool {
 
 fn try_keys() -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    for cipher in [libc::TLS_CIPHER_AES_GCM_128, libc::TLS_CIPHER_AES_GCM_256] {
+    for key in [&[0; 16][..], &[0; 32]] {
         let stream = TcpStream::connect(listener.local_addr()?)?;
         attach(stream.as_fd())?;
-        let info =
-            libc::tls_crypto_info { version: ProtocolVersion::TLSv1_3.into(), cipher_type: cipher };
-        let (iv, salt, rec_seq) = ([0; 8], [0; 4], [0; 8]);
-        let keys = if cipher == libc::TLS_CIPHER_AES_GCM_128 {
-            let key = [0; 16];
-            TlsCryptoInfo::Aes128Gcm(libc::tls12_crypto_info_aes_gcm_128 {
-                info,
-                iv,
-                key,
-                salt,
-                rec_seq,
-            })
-        } else {
-            let key = [0; 32];
-            TlsCryptoInfo::Aes256Gcm(libc::tls12_crypto_info_aes_gcm_256 {
-                info,
-                iv,
-                key,
-                salt,
-                rec_seq,
-            })
-        };
+        let keys = aes_gcm(ProtocolVersion::TLSv1_3, 0, key, &[0; 12])?;
         setsockopt(&stream, TcpTlsTx, &keys)?;
         setsockopt(&stream, TcpTlsRx, &keys)?;
     }
@@ -102,51 +81,42 @@ pub(in crate::net) fn set_keys(
     version: ProtocolVersion,
     secrets: &ExtractedSecrets,
 ) -> io::Result<()> {
-    let version = u16::from(version);
-    let crypto_info = |(sequence, secrets): &(u64, ConnectionTrafficSecrets)| {
-        crypto_info(version, *sequence, secrets).ok_or(io::ErrorKind::Unsupported)
+    let keys = |(sequence, secrets): &(u64, ConnectionTrafficSecrets)| match secrets {
+        ConnectionTrafficSecrets::Aes128Gcm { key, iv }
+        | ConnectionTrafficSecrets::Aes256Gcm { key, iv } => {
+            aes_gcm(version, *sequence, key.as_ref(), iv.as_ref())
+        }
+        _ => Err(io::ErrorKind::Unsupported.into()),
     };
-    setsockopt(&socket, TcpTlsTx, &crypto_info(&secrets.tx)?)?;
-    setsockopt(&socket, TcpTlsRx, &crypto_info(&secrets.rx)?)?;
+    setsockopt(&socket, TcpTlsTx, &keys(&secrets.tx)?)?;
+    setsockopt(&socket, TcpTlsRx, &keys(&secrets.rx)?)?;
     Ok(())
 }
 
-/// The keys as the kernel takes them (`linux/tls.h`). The initialization vector of 12 bytes is split: the first 4
-/// are the salt.
-fn crypto_info(
-    version: u16,
+/// Keys of AES-GCM as the kernel takes them (`linux/tls.h`), of 16 or 32 bytes. The initialization vector of 12
+/// bytes is split: the first 4 are the salt.
+fn aes_gcm(
+    version: ProtocolVersion,
     sequence: u64,
-    secrets: &ConnectionTrafficSecrets,
-) -> Option<TlsCryptoInfo> {
-    let rec_seq = sequence.to_be_bytes();
-    Some(match secrets {
-        ConnectionTrafficSecrets::Aes128Gcm { key, iv } => {
-            let (salt, iv) = split(iv.as_ref())?;
-            TlsCryptoInfo::Aes128Gcm(libc::tls12_crypto_info_aes_gcm_128 {
-                info: libc::tls_crypto_info { version, cipher_type: libc::TLS_CIPHER_AES_GCM_128 },
-                iv,
-                key: key.as_ref().try_into().ok()?,
-                salt,
-                rec_seq,
-            })
-        }
-        ConnectionTrafficSecrets::Aes256Gcm { key, iv } => {
-            let (salt, iv) = split(iv.as_ref())?;
-            TlsCryptoInfo::Aes256Gcm(libc::tls12_crypto_info_aes_gcm_256 {
-                info: libc::tls_crypto_info { version, cipher_type: libc::TLS_CIPHER_AES_GCM_256 },
-                iv,
-                key: key.as_ref().try_into().ok()?,
-                salt,
-                rec_seq,
-            })
-        }
-        _ => return None,
+    key: &[u8],
+    iv: &[u8],
+) -> io::Result<TlsCryptoInfo> {
+    let unsupported = || io::Error::from(io::ErrorKind::Unsupported);
+    let (salt, iv) = iv.split_first_chunk().ok_or_else(unsupported)?;
+    let (salt, iv) = (*salt, iv.try_into().map_err(|_| unsupported())?);
+    let (version, rec_seq) = (version.into(), sequence.to_be_bytes());
+    Ok(if let Ok(key) = key.try_into() {
+        let cipher_type = libc::TLS_CIPHER_AES_GCM_128;
+        let info = libc::tls_crypto_info { version, cipher_type };
+        let keys = libc::tls12_crypto_info_aes_gcm_128 { info, iv, key, salt, rec_seq };
+        TlsCryptoInfo::Aes128Gcm(keys)
+    } else {
+        let key = key.try_into().map_err(|_| unsupported())?;
+        let cipher_type = libc::TLS_CIPHER_AES_GCM_256;
+        let info = libc::tls_crypto_info { version, cipher_type };
+        let keys = libc::tls12_crypto_info_aes_gcm_256 { info, iv, key, salt, rec_seq };
+        TlsCryptoInfo::Aes256Gcm(keys)
     })
-}
-
-fn split(iv: &[u8]) -> Option<([u8; 4], [u8; 8])> {
-    let (salt, rest) = iv.split_first_chunk()?;
-    Some((*salt, rest.try_into().ok()?))
 }
 
 /// Receives data that has arrived; 0 at the end of the stream.
